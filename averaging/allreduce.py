@@ -1,0 +1,259 @@
+"""One round in one group: a butterfly all-reduce in pieces, after which all members hold the same bits.
+
+Member i reduces slice i. Everyone sends each slice to its reducer, piece by piece; the reducer averages
+a piece as soon as all parts of it are there, encodes the mean once, and sends the same bytes to every
+member, itself included: decoding them is what makes all members bit-identical, compressed or not.
+Sending, reducing and receiving overlap.
+
+A member that breaks off or makes no progress for `progress_s` abandons the round for everybody: the
+step is then closed anew without it. (Repairing the round instead starts here, in `_Reduction.fail`.)
+
+I/O: one asyncio loop. Source: Moshpit SGD, arXiv:2103.03239, section 3.2; hivemind's partitioning.
+"""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from google.protobuf.message import DecodeError
+
+from averaging.averaging_pb2 import Piece, RoundGreeting
+from averaging.codecs import INT8_BLOCK, Codec
+from averaging.errors import AveragingError, CodecError, LinkError, ProtocolError, RoundAbandonedError
+from averaging.network import Network, PeerId, Stream
+from averaging.reduce import weighted_mean
+from averaging.shares import Slice, equal_slices, pieces
+
+SERVICE = "reduce"
+PIECE_VALUES = 1 << 18  # 1 MiB of float32: one piece is under way while the next is encoded
+OPEN_ROUNDS = 16  # rounds that strangers may announce before this peer has their plan
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    mean: torch.Tensor  # [values] float32, bit-identical on all members
+    weight: float  # of the whole group
+    sent_bytes: int
+
+
+@dataclass(slots=True)
+class _Reduction:
+    """The reducer's side of one round: parts of my slice come in, means go out."""
+
+    group: tuple[PeerId, ...]
+    parts: list[Slice]
+    codec: Codec
+    weights: dict[PeerId, float] = field(default_factory=dict)
+    arrived: list[dict[PeerId, torch.Tensor | None]] = field(default_factory=list)
+    means: list["asyncio.Future[bytes]"] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.arrived = [{} for _ in self.parts]
+        self.means = [loop.create_future() for _ in self.parts]
+
+    def add(self, peer: PeerId, index: int, values: torch.Tensor | None) -> None:
+        """Take a part; reduce the piece if it was the last one missing."""
+        arrived = self.arrived[index]
+        arrived[peer] = values
+        if len(arrived) == len(self.group) and not self.means[index].done():
+            ordered = [(self.weights[member], arrived[member]) for member in self.group]
+            mean = weighted_mean(ordered, len(self.parts[index]))
+            self.means[index].set_result(self.codec.encode(mean))
+            arrived.clear()
+
+    def fail(self, error: RoundAbandonedError) -> None:
+        for mean in self.means:
+            if not mean.done():
+                mean.set_exception(error)
+                mean.exception()  # retrieved: nobody may be waiting for it
+
+
+class ButterflyAllReduce:
+    """Runs this peer's part of any number of rounds, as a member and as a reducer."""
+
+    def __init__(self, network: Network, *, codec: Codec, progress_s: float, max_weight: float) -> None:
+        self._network, self._codec = network, codec
+        self._progress_s, self._max_weight = progress_s, max_weight
+        self._max_payload_bytes = codec.size_bytes(PIECE_VALUES)
+        self._rounds: dict[tuple[bytes, int], asyncio.Future[_Reduction]] = {}
+
+    async def start(self) -> None:
+        """Begin to answer the members of rounds that this peer takes part in."""
+        await self._network.serve(SERVICE, self._reduce_for, max_payload_bytes=self._max_payload_bytes)
+
+    async def run(
+        self, key: bytes, index: int, group: Sequence[PeerId], *, vector: torch.Tensor, weight: float
+    ) -> RoundResult:
+        """Average `vector` ([values] float32) with the group by weight.
+
+        Raises:
+            RoundAbandonedError: a member was lost; nobody may use what arrived.
+        """
+        me = self._network.peer_id
+        slices = equal_slices(vector.numel(), len(group), INT8_BLOCK)
+        cuts = {peer: pieces(part, PIECE_VALUES) for peer, part in zip(group, slices, strict=True)}
+        reduction = _Reduction(tuple(group), cuts[me], self._codec)
+        reduction.weights[me] = weight
+        self._slot(key, index).set_result(reduction)
+        mean = torch.empty_like(vector)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                exchanges = [
+                    tasks.create_task(self._exchange(peer, (key, index), cuts[peer], vector, weight, mean))
+                    for peer in group
+                    if peer != me and cuts[peer]
+                ]
+                tasks.create_task(self._reduce_own(reduction, vector, weight, mean))
+        except* AveragingError as errors:
+            lost = _blamed(errors)
+            reduction.fail(RoundAbandonedError("a groupmate abandoned the round"))
+            raise RoundAbandonedError(str(errors.exceptions[0]), lost) from None
+        finally:
+            asyncio.get_running_loop().call_later(2 * self._progress_s, self._rounds.pop, (key, index), None)
+        sent = sum(task.result() for task in exchanges)
+        sent += sum(len(done.result()) for done in reduction.means) * (len(group) - 1)
+        return RoundResult(mean, sum(reduction.weights.values()) if cuts[me] else weight, sent)
+
+    async def _exchange(
+        self,
+        reducer: PeerId,
+        name: tuple[bytes, int],
+        cut: list[Slice],
+        vector: torch.Tensor,
+        weight: float,
+        mean: torch.Tensor,
+    ) -> int:
+        """Send my part of one slice to its reducer and receive its mean. Returns the bytes sent."""
+        stream = await self._network.open(reducer, SERVICE, max_payload_bytes=self._max_payload_bytes)
+        try:
+            await stream.send(RoundGreeting(plan=name[0], round=name[1], weight=weight).SerializeToString())
+            async with asyncio.TaskGroup() as tasks:
+                sending = tasks.create_task(self._send_parts(stream, cut, vector, weight))
+                tasks.create_task(self._receive_means(stream, cut, mean))
+            await stream.finish()
+            return sending.result()
+        except* AveragingError as errors:
+            stream.abort()
+            raise errors.exceptions[0] from None
+
+    async def _send_parts(self, stream: Stream, cut: list[Slice], vector: torch.Tensor, weight: float) -> int:
+        sent = 0
+        if weight > 0:  # a part of no weight needs no bytes
+            for number, part in enumerate(cut):
+                payload = self._codec.encode(vector[part.start : part.stop])
+                await stream.send(Piece(index=number).SerializeToString(), payload)
+                sent += len(payload)
+        return sent
+
+    async def _receive_means(self, stream: Stream, cut: list[Slice], mean: torch.Tensor) -> None:
+        for number, part in enumerate(cut):
+            # Twice: the reducer itself waits one deadline for a member that makes no progress.
+            payload = await _receive_piece(stream, number, 2 * self._progress_s)
+            mean[part.start : part.stop] = self._decode(stream.remote, payload, part)
+
+    async def _reduce_own(
+        self, reduction: _Reduction, vector: torch.Tensor, weight: float, mean: torch.Tensor
+    ) -> None:
+        me = self._network.peer_id
+        for number, part in enumerate(reduction.parts):
+            reduction.add(me, number, vector[part.start : part.stop] if weight > 0 else None)
+        for number, part in enumerate(reduction.parts):
+            try:
+                async with asyncio.timeout(2 * self._progress_s):
+                    encoded = await asyncio.shield(reduction.means[number])
+            except TimeoutError:
+                absent = frozenset(reduction.group) - reduction.arrived[number].keys()
+                raise RoundAbandonedError(f"{len(absent)} members sent nothing", absent) from None
+            mean[part.start : part.stop] = self._codec.decode(encoded, (len(part),))
+
+    async def _reduce_for(self, stream: Stream) -> None:
+        """Serve one member of a round that I reduce a slice of."""
+        reduction = None
+        try:
+            async with asyncio.timeout(self._progress_s):
+                greeting = await self._greeting(stream)
+                # Shielded: the slot is shared with the other members and with `run`.
+                reduction = await asyncio.shield(self._slot(greeting.plan, greeting.round))
+            if stream.remote not in reduction.group or stream.remote in reduction.weights:
+                raise ProtocolError(stream.remote, "is not a member of the round it wants to join")
+            reduction.weights[stream.remote] = greeting.weight
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._receive_parts(stream, reduction, greeting.weight))
+                tasks.create_task(self._send_means(stream, reduction))
+            await stream.finish()
+        except* (AveragingError, TimeoutError):
+            stream.abort()
+            if reduction is not None and stream.remote in reduction.group:
+                lost = frozenset((stream.remote,))
+                reduction.fail(RoundAbandonedError(f"lost {stream.remote[-8:]} in the round", lost))
+
+    async def _greeting(self, stream: Stream) -> RoundGreeting:
+        frame = await stream.receive()
+        try:
+            greeting = RoundGreeting.FromString(frame.header if frame else b"")
+        except DecodeError:
+            raise ProtocolError(stream.remote, "malformed greeting of a round") from None
+        if len(greeting.plan) != 16 or not 0 <= greeting.weight <= self._max_weight:
+            raise ProtocolError(stream.remote, f"round of weight {greeting.weight}")
+        if (greeting.plan, greeting.round) not in self._rounds and len(self._rounds) >= OPEN_ROUNDS:
+            raise ProtocolError(stream.remote, "announces one round too many")
+        return greeting
+
+    async def _receive_parts(self, stream: Stream, reduction: _Reduction, weight: float) -> None:
+        for number, part in enumerate(reduction.parts):
+            values = None
+            if weight > 0:
+                payload = await _receive_piece(stream, number, self._progress_s)
+                values = self._decode(stream.remote, payload, part)
+            reduction.add(stream.remote, number, values)
+
+    async def _send_means(self, stream: Stream, reduction: _Reduction) -> None:
+        for number in range(len(reduction.parts)):
+            async with asyncio.timeout(2 * self._progress_s):
+                encoded = await asyncio.shield(reduction.means[number])
+            await stream.send(Piece(index=number).SerializeToString(), encoded)
+
+    def _decode(self, sender: PeerId, payload: bytes, part: Slice) -> torch.Tensor:
+        try:
+            return self._codec.decode(payload, (len(part),))
+        except CodecError as error:
+            raise ProtocolError(sender, str(error)) from None
+
+    def _slot(self, key: bytes, index: int) -> "asyncio.Future[_Reduction]":
+        slot = self._rounds.get((key, index))
+        if slot is None:
+            slot = self._rounds[(key, index)] = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_later(
+                math.ceil(12 * self._progress_s), self._rounds.pop, (key, index), None
+            )
+        return slot
+
+
+async def _receive_piece(stream: Stream, number: int, deadline_s: float) -> bytes:
+    try:
+        async with asyncio.timeout(deadline_s):
+            frame = await stream.receive()
+    except TimeoutError:
+        raise LinkError(stream.remote, f"sent nothing for {deadline_s:.1f} s") from None
+    try:
+        if frame is None or Piece.FromString(frame.header).index != number:
+            raise ProtocolError(stream.remote, f"sent something else than piece {number}")
+    except DecodeError:
+        raise ProtocolError(stream.remote, "malformed piece") from None
+    return frame.payload  # type: ignore[return-value]
+
+
+def _blamed(errors: BaseExceptionGroup[AveragingError]) -> frozenset[PeerId]:
+    """The peers that the errors of a round speak of."""
+    blamed: set[PeerId] = set()
+    for error in errors.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            blamed |= _blamed(error)
+        elif isinstance(error, LinkError | ProtocolError):
+            blamed.add(error.peer)
+        elif isinstance(error, RoundAbandonedError):
+            blamed |= error.lost
+    return frozenset(blamed)

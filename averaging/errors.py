@@ -1,0 +1,35 @@
+"""Errors of the averaging layer: each says who, what, and what happens next."""
+
+
+class AveragingError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class LinkError(AveragingError):
+    """A stream to `peer` could not be opened or broke; use another peer or open it again."""
+
+    def __init__(self, peer: str, what: str) -> None:
+        super().__init__(f"link to {peer[-8:]}: {what}")
+        self.peer = peer
+        self.what = what
+
+
+class ProtocolError(AveragingError):
+    """`peer` sent bytes that violate the protocol; they are dropped and counted against it."""
+
+    def __init__(self, peer: str, what: str) -> None:
+        super().__init__(f"{peer[-8:]} broke the protocol: {what}")
+        self.peer = peer
+        self.what = what
+
+
+class CodecError(AveragingError):
+    """Bytes that claim to be an encoded tensor are malformed, of another size, or not finite."""
+
+
+class RoundAbandonedError(AveragingError):
+    """A round of averaging lost a member before everyone held the mean; close the step anew."""
+
+    def __init__(self, what: str, lost: frozenset[str] = frozenset()) -> None:
+        super().__init__(what)
+        self.lost = lost

@@ -1,0 +1,141 @@
+"""The seam through which both packages talk to other peers: streams of frames.
+
+A stream carries frames in both directions: a header (a small protobuf, never interpreted here) and a
+raw payload. It ends with an explicit last frame; any other end is a `LinkError`, because streams of
+the engine that lose their other end finish without an exception, truncated.
+
+`Calls` is the pooled request/response pattern on top: one request at a time per stream, streams kept
+open for the next request. Requests must be idempotent: one that failed on a kept stream is sent once
+more on a fresh one.
+
+Pure protocol definitions plus the pool; the shells are `swarm.hivemind_network` and
+`averaging.memory_network`, and one contract suite runs on both.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from averaging.errors import LinkError
+
+PeerId = str
+Buffer = bytes | bytearray | memoryview
+
+MAX_HEADER_BYTES = 1 << 20  # token ids travel in headers: 64 sequences of 4,096 tokens fit
+IDLE_STREAMS_PER_PEER = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    header: bytes
+    payload: Buffer = b""
+
+
+class Stream(Protocol):
+    """One open stream; `send` and `receive` may run concurrently, but each by one task at a time."""
+
+    remote: PeerId
+
+    async def send(self, header: bytes, payload: Buffer = b"") -> None:
+        """Send one frame. Raises LinkError when the other end is gone or makes no progress."""
+        ...
+
+    async def receive(self) -> Frame | None:
+        """Wait for the next frame; None after the explicit last one. Raises LinkError."""
+        ...
+
+    async def finish(self) -> None:
+        """Send the explicit last frame and close."""
+        ...
+
+    def abort(self) -> None:
+        """Close at once; the other end sees a broken stream."""
+        ...
+
+
+Handler = Callable[[Stream], Awaitable[None]]
+Respond = Callable[[PeerId, Frame], Awaitable[tuple[bytes, Buffer]]]
+
+
+class Network(Protocol):
+    """What a peer needs of the outside: its own name, dialling, and being dialled."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    async def open(self, peer: PeerId, service: str, *, max_payload_bytes: int = 0) -> Stream:
+        """Dial `service` of `peer`; replies above `max_payload_bytes` break the stream. Raises LinkError."""
+        ...
+
+    async def serve(self, service: str, handler: Handler, *, max_payload_bytes: int = 0) -> None:
+        """Answer streams to `service`: `handler` runs as a task per stream and owns it."""
+        ...
+
+
+async def answer(stream: Stream, respond: Respond) -> None:
+    """Serve the requests of one `Calls` client until it goes away."""
+    try:
+        while (frame := await stream.receive()) is not None:
+            header, payload = await respond(stream.remote, frame)
+            await stream.send(header, payload)
+        await stream.finish()
+    except LinkError:
+        stream.abort()
+
+
+class Calls:
+    """Pooled request/response on one service of many peers."""
+
+    def __init__(self, network: Network, service: str, *, deadline_s: float, max_payload_bytes: int = 0):
+        self._network, self._service = network, service
+        self._deadline_s, self._max_payload_bytes = deadline_s, max_payload_bytes
+        self._idle: dict[PeerId, deque[Stream]] = {}
+
+    async def call(
+        self, peer: PeerId, header: bytes, payload: Buffer = b"", *, deadline_s: float | None = None
+    ) -> Frame:
+        """Send one request to `peer` and return its answer. Raises LinkError after the deadline too."""
+        limit_s = self._deadline_s if deadline_s is None else deadline_s
+        try:
+            async with asyncio.timeout(limit_s):
+                idle = self._idle.get(peer)
+                if idle:
+                    try:
+                        return await self._exchange(idle.pop(), header, payload)
+                    except LinkError:
+                        self.forget(peer)  # the other kept streams most likely broke with it
+                stream = await self._network.open(
+                    peer, self._service, max_payload_bytes=self._max_payload_bytes
+                )
+                return await self._exchange(stream, header, payload)
+        except TimeoutError:
+            raise LinkError(peer, f"no answer on {self._service!r} within {limit_s:.1f} s") from None
+
+    async def _exchange(self, stream: Stream, header: bytes, payload: Buffer) -> Frame:
+        try:
+            await stream.send(header, payload)
+            frame = await stream.receive()
+        except BaseException:  # also a cancelled call: its late answer must not meet the next request
+            stream.abort()
+            raise
+        if frame is None:
+            stream.abort()
+            raise LinkError(stream.remote, "closed the stream instead of answering")
+        idle = self._idle.setdefault(stream.remote, deque())
+        if len(idle) < IDLE_STREAMS_PER_PEER:
+            idle.append(stream)
+        else:
+            stream.abort()
+        return frame
+
+    def forget(self, peer: PeerId) -> None:
+        """Close the kept streams to `peer`; no-op if there are none."""
+        for stream in self._idle.pop(peer, ()):
+            stream.abort()
+
+    def close(self) -> None:
+        """Close all kept streams."""
+        for peer in list(self._idle):
+            self.forget(peer)

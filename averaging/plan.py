@@ -1,0 +1,128 @@
+"""Who closes a step, when it closes, and who averages with whom: the decisions, without the network.
+
+`coordinator_order` ranks the live peers of a stage for one step; the first that answers coordinates.
+`decide` looks at the reports a coordinator has and says whether to close now, with the reason. A `Plan`
+is that decision; the groups of every round follow from it. One dimension today: all members form one
+group; a grid of more dimensions changes `Plan.rounds` and nothing else.
+
+Pure. Source: rotation and one decision per step are ours; grids are Moshpit SGD's (arXiv:2103.03239).
+"""
+
+import hashlib
+import struct
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from averaging.network import PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a member has to average: `weight` (tokens), and the fingerprint of the state it starts from."""
+
+    weight: float
+    state_hash: bytes
+    frozen: bool = False  # it was in an abandoned plan of this step and accumulates nothing more for it
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    peer: PeerId
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One decision of a coordinator: these members average, in this order."""
+
+    key: bytes  # 16 bytes, names this decision in every message that follows from it
+    step: int
+    coordinator: PeerId
+    members: tuple[Member, ...]
+
+    @property
+    def rounds(self) -> tuple[tuple[tuple[PeerId, ...], ...], ...]:
+        """For every round the groups, each the peers of one line of the grid."""
+        return ((tuple(member.peer for member in self.members),),)
+
+    def __contains__(self, peer: object) -> bool:
+        return any(member.peer == peer for member in self.members)
+
+
+def coordinator_order(peers: Iterable[PeerId], *, run: str, stage: int, step: int) -> list[PeerId]:
+    """The peers in the order in which they are asked to coordinate this step; the same for everybody."""
+
+    def rank(peer: PeerId) -> bytes:
+        return hashlib.sha256(f"{run}/{stage}/{step}/{peer}".encode()).digest()
+
+    return sorted(peers, key=rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    close: bool
+    reason: str
+
+
+def decide(
+    reports: Mapping[PeerId, Report],
+    *,
+    target: float,
+    expected: Collection[PeerId],
+    waited_s: float,
+    grace_s: float,
+    all_or_nothing: bool = False,
+) -> Decision:
+    """Close the step now?
+
+    Args:
+        target: weight at which a step closes.
+        expected: live peers that should be in the plan; they are waited for `grace_s`, not longer.
+        waited_s: seconds since the target was reached (0 if it was not).
+        all_or_nothing: close on nothing but the whole target, also after an abandoned plan.
+    """
+    total = sum(report.weight for report in reports.values())
+    redo = any(report.frozen for report in reports.values())
+    if total < target and (all_or_nothing or not redo):
+        return Decision(False, f"{total:g} of {target:g}")
+    missing = [peer for peer in expected if peer not in reports]
+    if missing and waited_s < grace_s:
+        return Decision(False, f"waiting for {len(missing)} that have not reported")
+    if redo and total < target:
+        return Decision(True, f"{total:g} of {target:g} left after an abandoned plan")
+    return Decision(True, f"{total:g} of {target:g} reached")
+
+
+def make_plan(*, step: int, coordinator: PeerId, reports: Mapping[PeerId, Report], nonce: bytes) -> Plan:
+    """Seat everybody who reported, in an order that everybody can compute."""
+    members = tuple(Member(peer, reports[peer].weight) for peer in sorted(reports))
+    digest = hashlib.sha256(nonce + struct.pack("<Q", step) + coordinator.encode())
+    for member in members:
+        digest.update(f"{member.peer}:{member.weight!r};".encode())
+    return Plan(digest.digest()[:16], step, coordinator, members)
+
+
+def check_plan(plan: Plan, *, me: PeerId, step: int, my_weight: float, roster: Collection[PeerId]) -> str | None:
+    """Why a member should refuse `plan`, or None if it is fine."""
+    if plan.step != step:
+        return f"the plan closes step {plan.step}, this is step {step}"
+    mine = [member.weight for member in plan.members if member.peer == me]
+    if len(mine) != 1:
+        return f"this peer stands {len(mine)} times in it"
+    if mine[0] > my_weight:
+        return f"it claims a weight of {mine[0]:g} for this peer, which has {my_weight:g}"
+    strangers = [member.peer for member in plan.members if member.peer not in roster]
+    if strangers:
+        return f"{len(strangers)} of its members are not on the roster"
+    return None
+
+
+def majority_hash(hashes: Mapping[PeerId, bytes]) -> bytes | None:
+    """The state that most peers hold; ties go to the smallest peer id's. None if there are no hashes."""
+    if not hashes:
+        return None
+    votes: dict[bytes, int] = {}
+    for value in hashes.values():
+        votes[value] = votes.get(value, 0) + 1
+    best = max(votes.values())
+    return next(hashes[peer] for peer in sorted(hashes) if votes[hashes[peer]] == best)

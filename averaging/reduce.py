@@ -1,0 +1,22 @@
+"""The mean of the parts that arrived, by the weight that arrived (robust means plug in here).
+
+Torch, no I/O. Members are summed in the plan's order, so the result does not depend on who was faster.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def weighted_mean(parts: Sequence[tuple[float, torch.Tensor | None]], values: int) -> torch.Tensor:
+    """Average `(weight, part)`; a part of weight zero may be None. Zeros if no weight arrived at all.
+
+    Shapes: every part [values] float32; result [values] float32.
+    """
+    total = sum(weight for weight, part in parts if part is not None)
+    mean = torch.zeros(values)
+    if total > 0:
+        for weight, part in parts:
+            if part is not None and weight > 0:
+                mean.add_(part, alpha=weight / total)
+    return mean

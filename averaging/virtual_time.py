@@ -1,0 +1,49 @@
+"""An asyncio event loop whose clock jumps: tests and simulations run in virtual time.
+
+When no task is ready the clock advances at once to the next timer, so an hour of timeouts takes
+milliseconds and the order of events depends on nothing but the program and its seeds. Threads and
+sockets must not be used on such a loop. When neither a task nor a timer is left the program waits for
+something that cannot come: `DeadlockError`.
+"""
+
+import asyncio
+import selectors
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class DeadlockError(RuntimeError):
+    """Every task waits and no timer is set: nothing can ever happen again."""
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    """Advances the owner's clock instead of waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise DeadlockError("all tasks wait and no timer is set")
+        self.now_s += max(0.0, timeout)
+        return []
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """Its `time()` starts at 0 and moves only while every task waits."""
+
+    def __init__(self) -> None:
+        self._jumping = _JumpingSelector()
+        super().__init__(self._jumping)
+
+    def time(self) -> float:
+        return self._jumping.now_s
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` to its end in virtual time, cancel what it left behind, and return its result."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(main)

@@ -1,0 +1,188 @@
+"""The real network: hivemind's libp2p daemon behind the `Network` Protocol.
+
+Identities, encryption, relays and hole punching are the engine's; on each raw binary stream it opens we
+speak our own frames (`swarm.framing`). The listener speaks first: a greeting of six bytes (magic,
+protocol version). The dialer reads it before it sends anything, so that on both ends nothing is left in
+the engine's reader when `FrameProtocol` takes the transport over.
+
+I/O: one asyncio loop owns it; the daemon is the only child process. The daemon ends with us, also when
+we are killed: it exits when its control connection closes.
+"""
+
+import asyncio
+import contextlib
+import os
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+os.environ.setdefault("USE_LEGACY_BFLOAT16", "0")  # read by hivemind at import
+
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from hivemind.utils.multiaddr import Multiaddr
+
+from averaging.errors import LinkError
+from averaging.memory_network import MemoryHub
+from averaging.network import Handler, PeerId, Stream
+from swarm import PROTOCOL_VERSION
+from swarm.errors import NoAnswerError, PortTakenError, UserError, VersionMismatchError
+from swarm.framing import FramedStream, FrameProtocol
+
+GREETING = struct.Struct("<4sH")
+MAGIC = b"SWRM"
+DAEMON_START_S = 90.0  # the engine's own 15 s is too short on loaded machines
+DIAL_S = 10.0
+PROGRESS_S = 5.0
+
+Addresses = Callable[[PeerId], Sequence[str]]
+
+
+async def start_daemon(
+    *, join: Sequence[str] = (), listen: str = "127.0.0.1", port: int = 0, identity: Path
+) -> P2P:
+    """Start the libp2p daemon. Raises UserError with one clear line when the address or port is wrong."""
+    for address in join:
+        _check_address(address)
+    try:
+        return await P2P.create(
+            initial_peers=list(join) or None,
+            host_maddrs=[f"/ip4/{listen}/tcp/{port}"],
+            identity_path=str(identity),
+            check_if_identity_free=False,
+            startup_timeout=DAEMON_START_S,
+            nat_port_map=listen not in ("127.0.0.1", "localhost"),
+            auto_nat=listen not in ("127.0.0.1", "localhost"),
+        )
+    except P2PDaemonError as error:
+        text = str(error)
+        if port and not _port_is_free(listen, port):
+            raise PortTakenError(
+                f"port {port} on {listen} is taken by another process; choose another with --port"
+            ) from None
+        if join:
+            raise NoAnswerError(
+                f"no answer from {', '.join(join)} within {DAEMON_START_S:.0f} s: check that the organizer "
+                "runs, that the address is copied whole, and that its port is reachable from here"
+            ) from None
+        raise UserError(f"the libp2p daemon did not start: {text}") from None
+
+
+def _check_address(address: str) -> None:
+    try:
+        parsed = Multiaddr(address)
+        parsed["p2p"]
+    except (ValueError, KeyError, LookupError):
+        raise UserError(
+            f"--join {address!r} is not a peer's address; it looks like /ip4/HOST/tcp/PORT/p2p/PEER"
+        ) from None
+    except Exception as error:  # the address library raises types of its own; any of them is a bad address
+        raise UserError(f"--join {address!r} is not a peer's address: {error}") from None
+
+
+def _port_is_free(host: str, port: int) -> bool:
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+class HivemindNetwork:
+    """Streams to and from other peers; satisfies `averaging.network.Network`."""
+
+    def __init__(self, p2p: P2P, *, progress_s: float = PROGRESS_S) -> None:
+        self.peer_id: PeerId = p2p.peer_id.to_base58()
+        self._p2p, self._progress_s = p2p, progress_s
+        self._loopback = MemoryHub().network(self.peer_id)  # the daemon cannot dial itself
+        self._addresses: Addresses = lambda peer: ()
+
+    def use_addresses(self, addresses: Addresses) -> None:
+        """Where to dial a peer that the daemon's own routing does not find."""
+        self._addresses = addresses
+
+    async def open(self, peer: PeerId, service: str, *, max_payload_bytes: int = 0) -> Stream:
+        if peer == self.peer_id:
+            return await self._loopback.open(peer, service, max_payload_bytes=max_payload_bytes)
+        try:
+            async with asyncio.timeout(DIAL_S):
+                return await self._dial(peer, service, max_payload_bytes)
+        except TimeoutError:
+            raise LinkError(peer, f"{service!r} did not answer within {DIAL_S:.0f} s") from None
+        except (P2PDaemonError, OSError, EOFError, ValueError) as error:
+            raise LinkError(peer, f"cannot open {service!r}: {error}") from None
+
+    async def _dial(self, peer: PeerId, service: str, max_payload_bytes: int) -> Stream:
+        remote = PeerID.from_base58(peer)
+        try:
+            opened = await self._p2p.call_binary_stream_handler(remote, _protocol_name(service))
+        except P2PDaemonError:
+            addresses = [Multiaddr(text) for text in self._addresses(peer)]
+            if not addresses:
+                raise
+            await self._p2p._client.connect(remote, addresses)
+            opened = await self._p2p.call_binary_stream_handler(remote, _protocol_name(service))
+        _, reader, writer = opened
+        try:
+            magic, version = GREETING.unpack(await reader.readexactly(GREETING.size))
+        except BaseException:
+            writer.transport.abort()
+            raise
+        if magic != MAGIC or version != PROTOCOL_VERSION:
+            writer.transport.abort()
+            raise VersionMismatchError(peer, version if magic == MAGIC else None)
+        return self._framed(peer, reader, writer, max_payload_bytes)
+
+    async def serve(self, service: str, handler: Handler, *, max_payload_bytes: int = 0) -> None:
+        await self._loopback.serve(service, handler, max_payload_bytes=max_payload_bytes)
+
+        async def answer(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.transport.pause_reading()
+            stream = self._framed(info.peer_id.to_base58(), reader, writer, max_payload_bytes)
+            writer.transport.write(GREETING.pack(MAGIC, PROTOCOL_VERSION))
+            try:
+                await handler(stream)
+            except LinkError:
+                pass  # the other end went away: its own business
+            finally:
+                stream.abort_unless_finished()
+
+        await self._p2p.add_binary_stream_handler(_protocol_name(service), answer)
+
+    def _framed(
+        self, peer: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_payload_bytes: int
+    ) -> "_DaemonStream":
+        protocol = FrameProtocol(peer, max_payload_bytes, self._progress_s)
+        protocol.attach(cast(asyncio.Transport, writer.transport))
+        return _DaemonStream(protocol, (reader, writer))
+
+    async def addresses(self) -> list[str]:
+        """The addresses under which others may dial this process, each ending in its peer id."""
+        return [str(address) for address in await self._p2p.get_visible_maddrs()]
+
+    async def close(self) -> None:
+        """End the daemon; streams break."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await self._p2p.shutdown()
+
+
+class _DaemonStream(FramedStream):
+    _finished = False
+
+    async def finish(self) -> None:
+        self._finished = True
+        await super().finish()
+
+    def abort_unless_finished(self) -> None:
+        if not self._finished:
+            self.abort()
+
+
+def _protocol_name(service: str) -> str:
+    return f"/swarm/{PROTOCOL_VERSION}/{service}"
