@@ -90,7 +90,9 @@ class _Int8:
     def encode(self, tensor: torch.Tensor) -> bytes:
         flat = tensor.detach().to(torch.float32).reshape(-1)
         values, blocks = flat.numel(), _blocks(flat.numel())
-        padded = flat if values == blocks * INT8_BLOCK else torch.zeros(blocks * INT8_BLOCK, device=flat.device)
+        padded = (
+            flat if values == blocks * INT8_BLOCK else torch.zeros(blocks * INT8_BLOCK, device=flat.device)
+        )
         if padded is not flat:
             padded[:values] = flat
         rows = padded.view(blocks, INT8_BLOCK)
@@ -111,9 +113,11 @@ class _Int8:
         if not bool(torch.isfinite(scale).all()):
             raise CodecError("tensor is not finite")
         codes = torch.empty(blocks * INT8_BLOCK, dtype=torch.int8)
-        codes[:values] = torch.frombuffer(data, dtype=torch.int8, offset=4 * blocks, count=values) if isinstance(
-            data, bytearray
-        ) else _from_bytes(view[4 * blocks :], torch.int8)
+        codes[:values] = (
+            torch.frombuffer(data, dtype=torch.int8, offset=4 * blocks, count=values)
+            if isinstance(data, bytearray)
+            else _from_bytes(view[4 * blocks :], torch.int8)
+        )
         out = torch.mul(codes.view(blocks, INT8_BLOCK), scale.unsqueeze(1))
         if not bool(torch.isfinite(scale.abs().max() * 128)):
             raise CodecError("tensor is not finite")

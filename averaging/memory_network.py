@@ -100,7 +100,9 @@ class MemoryHub:
 
     rng: random.Random = field(default_factory=lambda: random.Random(0))
     link: Callable[[PeerId, PeerId], Link] = field(default=lambda a, b: Link())
-    fate: Callable[[PeerId, PeerId, str, bool], Fate] = field(default=lambda a, b, service, request: "deliver")
+    fate: Callable[[PeerId, PeerId, str, bool], Fate] = field(
+        default=lambda a, b, service, request: "deliver"
+    )
     dead: set[PeerId] = field(default_factory=set)
     hung: set[PeerId] = field(default_factory=set)
     cut: set[frozenset[PeerId]] = field(default_factory=set)
@@ -149,9 +151,7 @@ class MemoryHub:
     def later(self, source: PeerId, target: PeerId, act: Callable[..., None], *arguments: object) -> None:
         """Do `act` at the target's end once the link's latency has passed."""
         delay_s = self.link(source, target).latency_s
-        asyncio.get_running_loop().call_later(
-            delay_s, self._act, (source, target), lambda: act(*arguments)
-        )
+        asyncio.get_running_loop().call_later(delay_s, self._act, (source, target), lambda: act(*arguments))
 
     def _act(self, ends: tuple[PeerId, ...], act: Callable[[], None]) -> None:
         for peer in ends:
@@ -164,8 +164,8 @@ class MemoryHub:
         source, target = sender._local, sender.remote
         if source in self.dead:  # a killed process does nothing more; its tasks wait to be collected
             await asyncio.Event().wait()
-        fate: Fate = "deliver" if frame is None else self.fate(
-            source, target, sender._service, sender.from_dialer
+        fate: Fate = (
+            "deliver" if frame is None else self.fate(source, target, sender._service, sender.from_dialer)
         )
         link = self.link(source, target)
         loop = asyncio.get_running_loop()

@@ -102,7 +102,9 @@ def make_plan(*, step: int, coordinator: PeerId, reports: Mapping[PeerId, Report
     return Plan(digest.digest()[:16], step, coordinator, members)
 
 
-def check_plan(plan: Plan, *, me: PeerId, step: int, my_weight: float, roster: Collection[PeerId]) -> str | None:
+def check_plan(
+    plan: Plan, *, me: PeerId, step: int, my_weight: float, roster: Collection[PeerId]
+) -> str | None:
     """Why a member should refuse `plan`, or None if it is fine."""
     if plan.step != step:
         return f"the plan closes step {plan.step}, this is step {step}"

@@ -1,0 +1,155 @@
+"""The one thread that owns torch: jobs by priority, with hops that can be held back while a step closes.
+
+`Compute` is the seam; `ComputeThread` is the real one, `VirtualCompute` its twin in virtual time. A job
+that has not started can be cancelled; one that has started runs to its end.
+"""
+
+import asyncio
+import concurrent.futures
+import heapq
+import itertools
+import threading
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Priority(IntEnum):
+    STEP = 0  # freeze, apply, snapshot
+    BACKWARD = 1  # before forwards: it frees memory and feeds the stage before
+    FORWARD = 2
+    EVALUATE = 3
+
+
+class Job(Protocol):
+    """A submitted computation."""
+
+    def cancel(self) -> bool:
+        """Withdraw it; False if it has started."""
+        ...
+
+
+class Compute(Protocol):
+    def submit(self, priority: Priority, work: Callable[[], T]) -> "concurrent.futures.Future[T]":
+        """Queue `work`; await its future with `asyncio.wrap_future`."""
+        ...
+
+    def hold(self, held: bool) -> None:
+        """While held, hops wait; steps go on."""
+        ...
+
+    @property
+    def queued(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class _Queue:
+    """Jobs by priority, first come first served within one."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, concurrent.futures.Future[Any], Callable[[], Any]]] = []
+        self._order = itertools.count()
+        self.held = False
+
+    def push(self, priority: Priority, future: "concurrent.futures.Future[T]", work: Callable[[], T]) -> None:
+        heapq.heappush(self._heap, (priority, next(self._order), future, work))
+
+    def pop(self) -> tuple["concurrent.futures.Future[Any]", Callable[[], Any]] | None:
+        """The next job that may run now and was not cancelled; it counts as started."""
+        while self._heap and not (self.held and self._heap[0][0] > Priority.STEP):
+            _, _, future, work = heapq.heappop(self._heap)
+            if future.set_running_or_notify_cancel():
+                return future, work
+        return None
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+
+def _run(future: "concurrent.futures.Future[Any]", work: Callable[[], Any]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:  # belongs to whoever awaits the job
+        future.set_exception(error)
+
+
+class ComputeThread:
+    """Jobs run one after the other in a thread of their own."""
+
+    def __init__(self) -> None:
+        self._queue, self._changed, self._closed = _Queue(), threading.Condition(), False
+        self._thread = threading.Thread(target=self._loop, name="compute", daemon=True)
+        self._thread.start()
+
+    def submit(self, priority: Priority, work: Callable[[], T]) -> "concurrent.futures.Future[T]":
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        with self._changed:
+            self._queue.push(priority, future, work)
+            self._changed.notify()
+        return future
+
+    def hold(self, held: bool) -> None:
+        with self._changed:
+            self._queue.held = held
+            self._changed.notify()
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def close(self) -> None:
+        """Stop after the running job; what is queued never runs."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                while (job := self._queue.pop()) is None and not self._closed:
+                    self._changed.wait()
+                if job is None or self._closed:
+                    return
+            _run(*job)
+            job = None  # its results must not live until the next one comes
+
+
+class VirtualCompute:
+    """Runs jobs on the event loop, each after `seconds(priority)` of virtual time."""
+
+    def __init__(self, seconds: Callable[[Priority], float], *, stopped: Callable[[], bool] = lambda: False):
+        self._queue, self._seconds, self._stopped = _Queue(), seconds, stopped
+        self._changed = asyncio.Event()
+        self._task = asyncio.ensure_future(self._loop())
+
+    def submit(self, priority: Priority, work: Callable[[], T]) -> "concurrent.futures.Future[T]":
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._queue.push(priority, future, work)
+        self._changed.set()
+        return future
+
+    def hold(self, held: bool) -> None:
+        self._queue.held = held
+        self._changed.set()
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def close(self) -> None:
+        self._task.cancel()
+
+    async def _loop(self) -> None:
+        while True:
+            job = self._queue.pop()
+            if job is None:
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            await asyncio.sleep(self._seconds(Priority.FORWARD))
+            while self._stopped():
+                await asyncio.sleep(0.05)
+            _run(*job)

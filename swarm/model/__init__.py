@@ -1,0 +1,66 @@
+"""The model, cut into stages.
+
+`build_stage(config, stage)` makes the module of one stage, initialised from the run's seed, the same bits
+in every process. A stage module maps what flows in to what flows out:
+
+    first stage      token ids [B, T] int64   -> hidden [B, T, D]
+    middle stages    hidden [B, T, D]         -> hidden [B, T, D]
+    last stage       hidden [B, T, D]         -> logits [B, T, V]
+
+(with one stage: token ids -> logits). The loss, cross-entropy against the next token, is the stage's
+business, not the module's. A user's own model plugs in with `model.factory: package.module:function`;
+see `experiments/custom_model.py`.
+"""
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import nn
+
+from swarm.config import ModelConfig
+from swarm.errors import ConfigError
+
+StageFactory = Callable[[ModelConfig, int], nn.Module]
+
+
+def build_stage(config: ModelConfig, stage: int, *, seed: int) -> nn.Module:
+    """The module of `stage` with parameters drawn from `seed`. Raises ConfigError for a bad factory."""
+    module = _factory(config.factory)(config, stage)
+    initialise(module, config, seed)
+    return module
+
+
+def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Draw every parameter from a generator seeded by its name: independent of how the model is cut.
+
+    Matrices: normal, 0.02, those that write into the residual stream narrower by sqrt(2 * layers);
+    vectors named `bias` zero; other vectors (norms) one.
+    """
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            std = 0.02
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= (2 * config.layers) ** 0.5
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+
+def _factory(name: str) -> StageFactory:
+    if name == "llama":
+        from swarm.model.llama import LlamaStage
+
+        return LlamaStage
+    module_name, _, function = name.partition(":")
+    try:
+        return cast(StageFactory, getattr(importlib.import_module(module_name), function))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"model.factory: cannot load {name!r} ({error}); it names a function as package.module:function"
+        ) from None

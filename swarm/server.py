@@ -1,0 +1,476 @@
+"""Serve hops: admit what arrives, compute, push on, and report to the trainer that wired it.
+
+    push      a tensor for one hop        -> ACCEPTED, DUPLICATE, BUSY, STALE, CLOSED or REJECTED
+    resend    send a retained tensor to another peer, now or as soon as it exists
+    cancel    withdraw microbatches; names those whose gradient was already accumulated
+    release   forget microbatches that are done
+
+Forward: compute, push to the next peer, report FORWARDED when it has accepted. The last stage computes
+loss and gradients at once. Backward: compute, accumulate, report BACKWARDED, push to the peer before. A
+duplicate push changes nothing but the route; a gradient is accumulated once, whatever arrives.
+
+An error is one microbatch's: a tensor that is malformed or not finite is refused at the door and counted
+against its sender; a computation that runs out of memory drops its microbatch and admits fewer.
+
+I/O: one event loop; computation in `Compute`. Design section 4.
+"""
+
+import asyncio
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import torch
+
+from averaging.codecs import CODECS
+from averaging.errors import CodecError, LinkError
+from averaging.network import Buffer, Calls, Frame, Network, PeerId, Stream, answer
+from swarm import swarm_pb2 as pb
+from swarm.compute import Compute, Priority
+from swarm.config import RunConfig
+from swarm.errors import RejectedError
+from swarm.mailbox import Hop, Mailbox, Phase, Sent
+from swarm.messages import (
+    Push,
+    Route,
+    pack_event,
+    parse_hop_request,
+    parse_push,
+    parse_reply,
+    parse_route,
+    reply,
+)
+from swarm.stage import Graph, Stage
+from swarm.watch import Session, Watchers
+
+SERVICE = "hop"
+log = logging.getLogger(__name__)
+
+
+class LeaseExpiredError(Exception):
+    """The trainer may have given this hop to another peer: it must not be accumulated here."""
+
+
+class NotFiniteError(Exception):
+    """The computation overflowed; nothing of it may be accumulated."""
+
+
+def max_payload_bytes(config: RunConfig) -> int:
+    """The largest tensor that travels between stages, in the widest codec."""
+    return 4 * config.training.microbatch_tokens * config.model.width
+
+
+class HopServer:
+    """The hops of one peer at one stage."""
+
+    def __init__(
+        self,
+        *,
+        network: Network,
+        stage: Stage,
+        compute: Compute,
+        config: RunConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        self._network, self._stage, self._compute, self._config, self._clock = (
+            network, stage, compute, config, clock
+        )  # fmt: skip
+        per_step = -(-config.training.target_batch_tokens // config.training.microbatch_tokens)
+        self.mailbox = Mailbox(
+            capacity=config.pipeline.queue, retained=8 * config.pipeline.queue + 4 * per_step
+        )
+        self.watchers = Watchers(
+            network,
+            config.network,
+            clock=clock,
+            status=lambda: (compute.queued, stage.version),
+            on_end=self._forget_session,
+        )
+        self._codec = CODECS[config.pipeline.codec]
+        self._calls = Calls(network, SERVICE, deadline_s=config.averaging.progress_deadline_s)
+        self._pushes: set[asyncio.Task[None]] = set()
+        self._graphs = 0
+        self.counters: Counter[str] = Counter()  # cumulative, by metric name
+        self.rejections: Counter[PeerId] = Counter()  # by sender
+        self.draining = False
+        self.on_progress: Callable[[], None] = lambda: None  # called when there is more to report
+
+    async def start(self) -> None:
+        """Answer hops and watch streams from now on."""
+
+        async def serve(stream: Stream) -> None:
+            await answer(stream, self._respond)
+
+        await self._network.serve(SERVICE, serve, max_payload_bytes=max_payload_bytes(self._config))
+        await self.watchers.start()
+
+    def close(self) -> None:
+        for task in self._pushes:
+            task.cancel()
+        self._calls.close()
+
+    # requests
+
+    async def _respond(self, sender: PeerId, frame: Frame) -> tuple[bytes, Buffer]:
+        try:
+            request = parse_hop_request(sender, frame.header)
+            kind = request.WhichOneof("request")
+            if kind == "push":
+                status = self._admit(sender, request.push, frame.payload)
+                return reply(status), b""
+            if kind == "resend":
+                return reply(self._resend(sender, request.resend)), b""
+            if kind == "cancel":
+                return await self._cancel(sender, request.cancel), b""
+            if kind == "release":
+                for microbatch in request.release.ids:
+                    self._drop_if_of(sender, request.release.session, microbatch, None)
+            return reply(pb.ACCEPTED), b""
+        except RejectedError as error:
+            self.rejections[error.sender] += 1
+            self.counters["rejected"] += 1
+            log.warning("rejected %s", error)
+            return reply(pb.REJECTED, error.what), b""
+
+    def _admit(self, sender: PeerId, message: pb.Push, payload: Buffer) -> int:
+        """Take one tensor in, or say why not. Raises RejectedError."""
+        push = parse_push(sender, message, vocabulary=self._config.model.vocabulary)
+        self._check_place(sender, push)
+        route = push.route
+        if self.watchers.session(route.trainer, route.session) is None:
+            return pb.STALE
+        hop = self.mailbox.get(route.microbatch)
+        if hop is not None:
+            if hop.push.route.trainer != route.trainer or hop.push.tokens != push.tokens:
+                raise RejectedError(sender, "two microbatches with one id")
+            self.mailbox.adopt(hop, route)
+            if hop.phase is Phase.ACCUMULATED or self._has(hop, push):
+                self.counters["duplicates"] += 1
+                return pb.DUPLICATE
+        elif self.mailbox.is_buried(route):
+            return pb.STALE
+        elif self._is_closed(route):
+            return pb.CLOSED
+        elif self.mailbox.is_full or self.draining:
+            return pb.BUSY
+        tensor = self._decode(sender, push, payload)
+        if hop is None:
+            hop = self.mailbox.add(push, self._clock())
+            if route.attempt:
+                self._report(hop, pb.ARRIVED)
+        if push.backward:
+            hop.grad = tensor
+            self.counters["gradient_bytes"] += len(payload)
+        else:
+            hop.x, hop.input, hop.input_push = tensor, payload, push
+            self.counters["activation_bytes"] += len(payload)
+        self._advance(hop)
+        return pb.ACCEPTED
+
+    def _check_place(self, sender: PeerId, push: Push) -> None:
+        me, stage = self._network.peer_id, self._stage
+        if push.stage != stage.stage or push.route.peers[push.stage] != me:
+            raise RejectedError(sender, f"a hop of stage {push.stage}, this peer serves {stage.stage}")
+        if len(push.route.peers) != self._config.model.stages:
+            raise RejectedError(sender, f"a route through {len(push.route.peers)} stages")
+        training = self._config.training
+        if push.sequences > training.microbatch_sequences or push.token_count > training.microbatch_tokens:
+            raise RejectedError(sender, f"a microbatch of {push.sequences} sequences")
+        length = push.token_count // push.sequences
+        expected = () if stage.is_first and not push.backward else (
+            push.sequences, length, self._config.model.width
+        )  # fmt: skip
+        if push.shape != expected or (push.backward and stage.is_last):
+            raise RejectedError(sender, f"a tensor of shape {push.shape} instead of {expected}")
+
+    @staticmethod
+    def _has(hop: Hop, push: Push) -> bool:
+        if push.backward:
+            return hop.grad is not None or hop.phase is Phase.RETURNING
+        return hop.input is not None
+
+    def _is_closed(self, route: Route) -> bool:
+        return self._config.training.strict and not route.evaluate and route.step < self._stage.version
+
+    def _decode(self, sender: PeerId, push: Push, payload: Buffer) -> torch.Tensor:
+        if not push.shape:
+            return push.token_ids()[:, :-1]
+        try:
+            return push.codec.decode(payload, push.shape)
+        except CodecError as error:
+            raise RejectedError(sender, str(error)) from None
+
+    def _resend(self, sender: PeerId, message: pb.Resend) -> int:
+        route = parse_route(sender, message.route)
+        hop = self._of(sender, route.session, route.microbatch)
+        if hop is None:
+            return pb.UNKNOWN
+        self.mailbox.adopt(hop, route)
+        backward = message.direction == pb.BACKWARD
+        if (hop.gradient if backward else hop.output) is not None:
+            self._push_soon(hop, backward=backward)
+        return pb.ACCEPTED
+
+    async def _cancel(self, sender: PeerId, message: pb.Microbatches) -> bytes:
+        answer = pb.HopReply(status=pb.ACCEPTED)
+        for microbatch in message.ids[: 4 * self._config.pipeline.queue]:
+            hop = self._of(sender, message.session, microbatch)
+            if hop is not None and hop.job is not None and not hop.job.cancel():
+                await asyncio.wait([asyncio.wrap_future(hop.job)])
+                await asyncio.sleep(0)  # let the job's own continuation record what it did
+            if hop is not None and hop.phase is Phase.ACCUMULATED:
+                answer.accumulated.add(microbatch=microbatch, step=hop.step, loss=hop.loss)
+            else:
+                self._drop_if_of(sender, message.session, microbatch, message.attempt)
+        return answer.SerializeToString()
+
+    def _of(self, sender: PeerId, session: bytes, microbatch: bytes) -> Hop | None:
+        hop = self.mailbox.get(microbatch)
+        if hop is None or hop.route.trainer != sender or hop.route.session != session:
+            return None
+        return hop
+
+    def _drop_if_of(self, sender: PeerId, session: bytes, microbatch: bytes, attempt: int | None) -> None:
+        hop = self.mailbox.get(microbatch)
+        if hop is None or (hop.route.trainer == sender and hop.route.session == session):
+            self._drop(microbatch, attempt)
+
+    def _drop(self, microbatch: bytes, attempt: int | None = None) -> None:
+        hop = self.mailbox.get(microbatch)
+        if hop is not None:
+            if hop.job is not None:
+                hop.job.cancel()
+            self._drop_graph(hop)
+        self.mailbox.drop(microbatch, attempt)
+
+    def _forget_session(self, session: Session) -> None:
+        for hop in self.mailbox.of_session(session.trainer, session.key):
+            self._drop(hop.route.microbatch)
+
+    # one hop
+
+    def _advance(self, hop: Hop) -> None:
+        """Queue whatever this hop can do next."""
+        if self._config.training.strict and not hop.route.evaluate and hop.route.step > self._stage.version:
+            return  # `resume_held` comes back to it
+        if hop.phase is Phase.WAITING and hop.x is not None:
+            hop.phase = Phase.QUEUED
+            self._spawn(self._forward(hop))
+        elif hop.phase is Phase.FORWARDED and hop.grad is not None:
+            hop.phase = Phase.RETURNING
+            self._spawn(self._backward(hop))
+
+    def resume_held(self) -> None:
+        """Strict mode: a step was applied; begin what waited for it, drop what it already contains."""
+        for hop in self.mailbox:
+            if self._is_closed(hop.route) and hop.phase is not Phase.ACCUMULATED:
+                self._report(hop, pb.DROPPED, status=pb.CLOSED, reason="its step has been applied")
+                self._drop(hop.route.microbatch)
+            else:
+                self._advance(hop)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._pushes.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._pushes.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "serving a hop failed: a bug, not the network's doing", "exception": error}
+            )
+
+    async def _forward(self, hop: Hop) -> None:
+        last = self._stage.is_last
+        if last and not hop.route.evaluate:
+            if await self._compute_hop(hop, Priority.BACKWARD, lambda: self._loss_job(hop)):
+                await self._accumulated(hop)
+            return
+        priority = Priority.EVALUATE if hop.route.evaluate else Priority.FORWARD
+        if not await self._compute_hop(hop, priority, lambda: self._forward_job(hop)):
+            return
+        hop.phase = Phase.FORWARDED
+        if last:
+            self._report(hop, pb.EVALUATED, loss=hop.loss)
+        elif self._stage.stage < hop.route.forward_until:
+            await self._push(hop, backward=False)
+        else:
+            self._report(hop, pb.FORWARDED)
+        if self.mailbox.get(hop.route.microbatch) is hop:
+            self._advance(hop)
+
+    async def _backward(self, hop: Hop) -> None:
+        if await self._compute_hop(hop, Priority.BACKWARD, lambda: self._backward_job(hop)):
+            await self._accumulated(hop)
+
+    async def _accumulated(self, hop: Hop) -> None:
+        hop.phase = Phase.ACCUMULATED
+        self._drop_graph(hop)
+        hop.x = hop.grad = hop.input = None
+        hop.delivered = hop.gradient is None
+        self.counters["microbatches"] += 1
+        self.counters["tokens"] += hop.push.token_count
+        self._report(hop, pb.BACKWARDED, step=hop.step, loss=hop.loss)
+        if hop.gradient is not None and self._stage.stage > hop.route.backward_until:
+            await self._push(hop, backward=True)
+        else:
+            hop.delivered = True
+        self.on_progress()
+
+    async def _compute_hop(self, hop: Hop, priority: Priority, work: Callable[[], None]) -> bool:
+        """Run `work` in the compute thread; False if the hop was withdrawn or dropped."""
+        job = self._compute.submit(priority, work)
+        hop.job = job  # type: ignore[assignment]
+        try:
+            await asyncio.wrap_future(job)
+        except (LeaseExpiredError, NotFiniteError, torch.OutOfMemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error).lower():
+                if not isinstance(error, torch.OutOfMemoryError):
+                    raise
+            self._drop_failed(hop, error)
+            return False
+        except asyncio.CancelledError:
+            if job.cancelled():
+                return False
+            raise
+        finally:
+            hop.job = None
+        return self.mailbox.get(hop.route.microbatch) is hop or hop.phase is Phase.ACCUMULATED
+
+    def _drop_failed(self, hop: Hop, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, RuntimeError):
+            self.mailbox.capacity = max(1, self.mailbox.capacity // 2)
+            reason = f"out of memory; this peer now admits {self.mailbox.capacity} microbatches"
+        self.counters["dropped"] += 1
+        log.warning("dropped a microbatch: %s", reason)
+        self._report(hop, pb.DROPPED, reason=reason)
+        self._drop(hop.route.microbatch)
+
+    # in the compute thread
+
+    def _forward_job(self, hop: Hop) -> None:
+        assert hop.x is not None
+        evaluate = hop.route.evaluate
+        keep = not evaluate and self._graphs < self._config.pipeline.keep_graphs
+        hop.version = self._stage.version
+        y, hop.graph = self._stage.forward(hop.x, keep_graph=keep)
+        self._graphs += hop.graph is not None
+        hop.x = None
+        if self._stage.is_last:
+            hop.loss = float(self._stage.loss(y, hop.push.token_ids()[:, 1:]))
+        else:
+            hop.output = Sent(self._codec.encode(y), tuple(y.shape))
+
+    def _loss_job(self, hop: Hop) -> None:
+        assert hop.x is not None
+        hop.version = self._stage.version
+        loss, gradients, grad_x = self._stage.loss_backward(hop.x, hop.push.token_ids()[:, 1:])
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"the loss is {loss}")
+        hop.loss = loss
+        self._accumulate(hop, gradients, grad_x)
+
+    def _backward_job(self, hop: Hop) -> None:
+        assert hop.grad is not None
+        graph = hop.graph or self._recompute(hop)
+        gradients, grad_x = self._stage.backward(graph, hop.grad)
+        self._accumulate(hop, gradients, grad_x)
+
+    def _recompute(self, hop: Hop) -> Graph:
+        assert hop.input is not None and hop.input_push is not None
+        self.counters["recomputed"] += 1
+        x = self._decode(self._network.peer_id, hop.input_push, hop.input)
+        _, graph = self._stage.forward(x, keep_graph=True)
+        assert graph is not None
+        return graph
+
+    def _accumulate(self, hop: Hop, gradients: list[torch.Tensor], grad_x: torch.Tensor | None) -> None:
+        if not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())):
+            raise NotFiniteError("a gradient is not finite")
+        if not self.watchers.may_accumulate(hop.route.trainer, hop.route.session):
+            raise LeaseExpiredError("the trainer has not been heard for too long")
+        hop.gradient = None if grad_x is None else Sent(self._codec.encode(grad_x), tuple(grad_x.shape))
+        if self._stage.stage in hop.route.accumulated:  # it only supplies its neighbours
+            hop.step = self._stage.accumulator.step
+        elif self._stage.version - hop.version > self._config.training.max_staleness:
+            self.counters["too_stale"] += 1
+            hop.step = self._stage.accumulator.step
+        else:
+            hop.step = self._stage.accumulate(hop.route.microbatch, gradients, hop.push.token_count)
+        # Here, not on the event loop: a cancel that comes next must find what is already true.
+        hop.phase = Phase.ACCUMULATED
+
+    def _drop_graph(self, hop: Hop) -> None:
+        self._graphs -= hop.graph is not None
+        hop.graph = None
+
+    # to the neighbours and the trainer
+
+    def _push_soon(self, hop: Hop, *, backward: bool) -> None:
+        if backward not in hop.sending:
+            self._spawn(self._push(hop, backward=backward))
+
+    async def _push(self, hop: Hop, *, backward: bool) -> None:
+        """Send the output to the next peer or the input's gradient to the one before, and report.
+
+        If the route changes while the bytes are under way, they are sent again along the new one.
+        """
+        if backward in hop.sending:
+            return
+        hop.sending.add(backward)
+        try:
+            while True:
+                route = hop.route
+                status, reason = await self._send(hop, route, backward)
+                if self._target(hop.route, backward) == self._target(route, backward):
+                    break
+        finally:
+            hop.sending.discard(backward)
+        if status in (pb.ACCEPTED, pb.DUPLICATE, pb.CLOSED):
+            if backward:
+                hop.delivered = True
+                self.on_progress()
+            else:
+                self._report(hop, pb.FORWARDED)
+        if status not in (pb.ACCEPTED, pb.DUPLICATE):
+            self._report(
+                hop,
+                pb.PUSH_FAILED,
+                route=route,
+                direction=pb.BACKWARD if backward else pb.FORWARD,
+                target=self._target(route, backward),
+                status=status,
+                reason=reason,
+            )
+
+    def _target(self, route: Route, backward: bool) -> PeerId:
+        return route.peers[self._stage.stage + (-1 if backward else 1)]
+
+    async def _send(self, hop: Hop, route: Route, backward: bool) -> tuple[int, str]:
+        sent = hop.gradient if backward else hop.output
+        assert sent is not None
+        push = Push(
+            route=route,
+            stage=self._stage.stage + (-1 if backward else 1),
+            backward=backward,
+            codec=self._codec,
+            shape=sent.shape,
+            tokens=hop.push.tokens,
+            sequences=hop.push.sequences,
+        )
+        target = self._target(route, backward)
+        try:
+            answered = await self._calls.call(target, push.pack(), sent.data)
+            parsed = parse_reply(target, answered.header)
+        except (LinkError, RejectedError) as error:
+            return pb.LINK, str(error)
+        return parsed.status, parsed.reason
+
+    def _report(self, hop: Hop, kind: int, *, route: Route | None = None, **details: object) -> None:
+        route = route or hop.route
+        seconds = self._clock() - hop.arrived_s
+        self.watchers.say(route.trainer, route.session, pack_event(kind, route, seconds=seconds, **details))

@@ -1,0 +1,238 @@
+"""One stage's arithmetic: forward, backward, accumulate, optimizer step. Knows nothing of the network.
+
+Gradients accumulate as sums over tokens; dividing by the tokens gives the mean that plain training
+would have. `freeze` takes the accumulated sum for averaging and starts a new one, so that computation
+can go on behind the averaging (delayed updates). The loss is the sum of cross-entropies over the tokens
+of a microbatch: the scale is fixed once, when the mean is taken.
+
+A step replaces the parameter tensors instead of writing into them, so a graph that was built before the
+step still runs backward with the weights it was computed with.
+
+Torch; owned by one compute thread. B batch, T tokens, D width, V vocabulary.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from swarm.config import OptimizerConfig, TrainingConfig
+
+
+@dataclass(slots=True)
+class Graph:
+    """A forward pass whose backward is still to come."""
+
+    x: torch.Tensor  # the input leaf
+    y: torch.Tensor
+    parameters: list[nn.Parameter]  # those that y was computed with
+
+
+@dataclass(slots=True)
+class Accumulator:
+    """Sum over tokens of the gradients of one step, and what went into it."""
+
+    step: int
+    sums: list[torch.Tensor]
+    tokens: int = 0
+    microbatches: list[bytes] = field(default_factory=list)
+
+
+class Stage:
+    """The module of one stage, its optimizer and its accumulator."""
+
+    def __init__(
+        self, module: nn.Module, training: TrainingConfig, *, stage: int, stages: int, device: str = "cpu"
+    ) -> None:
+        self.stage, self.is_first, self.is_last = stage, stage == 0, stage == stages - 1
+        self.device = torch.device(device)
+        self.module = module.to(self.device)
+        self.version = 0
+        self._training = training
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._optimizer = _adamw(self._parameters, training.optimizer)
+        self.accumulator = self._fresh(0)
+
+    @property
+    def values(self) -> int:
+        """Parameters of the stage, and so values of a gradient vector."""
+        return sum(p.numel() for p in self._parameters)
+
+    # one microbatch
+
+    def forward(self, x: torch.Tensor, *, keep_graph: bool) -> tuple[torch.Tensor, Graph | None]:
+        """Token ids [B, T] or hidden [B, T, D] on any device -> output on this device, and its graph."""
+        x = x.to(self.device)
+        if not keep_graph:
+            with torch.no_grad():
+                return self.module(x), None
+        if x.is_floating_point():
+            x = x.requires_grad_(True)
+        y = self.module(x)
+        return y.detach(), Graph(x, y, self._parameters)
+
+    def backward(self, graph: Graph, grad_y: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Gradients of the parameters and of the input (None at the first stage); accumulates nothing."""
+        return self._gradients(graph, graph.y, grad_y.to(self.device))
+
+    def loss(self, logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        """Sum over tokens of the cross-entropy in nats."""
+        return F.cross_entropy(
+            logits_BTV.flatten(0, 1).float(), targets_BT.to(self.device).flatten(), reduction="sum"
+        )
+
+    def loss_backward(
+        self, x: torch.Tensor, targets_BT: torch.Tensor
+    ) -> tuple[float, list[torch.Tensor], torch.Tensor | None]:
+        """Forward, loss and backward of the last stage: (loss, parameter gradients, input gradient)."""
+        _, graph = self.forward(x, keep_graph=True)
+        assert graph is not None
+        loss = self.loss(graph.y, targets_BT)
+        gradients, grad_x = self._gradients(graph, loss, None)
+        return float(loss.detach()), gradients, grad_x
+
+    def _gradients(
+        self, graph: Graph, of: torch.Tensor, grad: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        inputs = [*graph.parameters, *([graph.x] if graph.x.requires_grad else [])]
+        # Not `.backward()`: nothing may reach the accumulator before the peer's lease has been checked.
+        gradients = torch.autograd.grad(of, inputs, grad, allow_unused=True, materialize_grads=True)
+        if graph.x.requires_grad:
+            return list(gradients[:-1]), gradients[-1]
+        return list(gradients), None
+
+    # one step
+
+    def accumulate(self, microbatch: bytes, gradients: list[torch.Tensor], tokens: int) -> int:
+        """Add one microbatch to the current step's sum; returns that step."""
+        torch._foreach_add_(self.accumulator.sums, gradients)
+        self.accumulator.tokens += tokens
+        self.accumulator.microbatches.append(microbatch)
+        return self.accumulator.step
+
+    def freeze(self) -> Accumulator:
+        """Take the sum of the step that closes and start the next one."""
+        frozen = self.accumulator
+        self.accumulator = self._fresh(frozen.step + 1)
+        return frozen
+
+    def thaw(self, frozen: Accumulator) -> None:
+        """Undo `freeze` after an abandoned plan; nothing may have been accumulated since."""
+        assert not self.accumulator.tokens, "thaw after new gradients would mix two steps"
+        self.accumulator = frozen
+
+    @staticmethod
+    def mean(frozen: Accumulator) -> torch.Tensor:
+        """The mean gradient per token as one flat float32 CPU vector [values]; zeros without tokens."""
+        flat = torch.cat([s.reshape(-1) for s in frozen.sums])
+        return flat.div_(max(1, frozen.tokens)).cpu()
+
+    def apply(self, mean: torch.Tensor) -> None:
+        """One optimizer step with the averaged gradient [values]; the version grows by one."""
+        mean = mean.to(self.device)
+        self._renew_parameters()
+        start = 0
+        for parameter in self._parameters:
+            stop = start + parameter.numel()
+            parameter.grad = mean[start:stop].view_as(parameter)
+            start = stop
+        if self._training.optimizer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._training.optimizer.clip_norm)
+        lr = learning_rate(self._training.optimizer, self.version, self._training.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.version += 1
+
+    def _renew_parameters(self) -> None:
+        """Swap every parameter for an equal one; graphs under way keep the old ones."""
+        renewed: dict[nn.Parameter, nn.Parameter] = {}
+        for owner in self.module.modules():
+            for name, old in list(owner.named_parameters(recurse=False)):
+                if old.requires_grad:
+                    new = renewed.setdefault(old, nn.Parameter(old.detach().clone()))
+                    setattr(owner, name, new)
+        for old, new in renewed.items():
+            if old in self._optimizer.state:
+                self._optimizer.state[new] = self._optimizer.state.pop(old)
+        for group in self._optimizer.param_groups:
+            group["params"] = [renewed[old] for old in group["params"]]
+        self._parameters = [renewed[old] for old in self._parameters]
+
+    def _fresh(self, step: int) -> Accumulator:
+        return Accumulator(step, [torch.zeros_like(p) for p in self._parameters])
+
+    # state
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Parameters and optimizer state by name, as CPU copies that later steps do not touch."""
+        state = {f"parameter/{n}": p.detach().cpu().clone() for n, p in self._named()}
+        for name, parameter in self._named():
+            slots = self._optimizer.state.get(parameter, {})
+            for slot in ("exp_avg", "exp_avg_sq"):
+                value = slots.get(slot)
+                state[f"{slot}/{name}"] = (
+                    torch.zeros(parameter.shape) if value is None else value.detach().cpu().clone()
+                )
+        return state
+
+    def load(self, state: dict[str, torch.Tensor], version: int) -> None:
+        """Replace everything by `state` at `version`. Raises ValueError when names or shapes differ."""
+        own = {f"{kind}/{n}": p for kind in ("parameter", "exp_avg", "exp_avg_sq") for n, p in self._named()}
+        if own.keys() != state.keys():
+            raise ValueError(f"state names differ: {sorted(own.keys() ^ state.keys())[:3]} ...")
+        for name, parameter in own.items():
+            if state[name].shape != parameter.shape or state[name].dtype != parameter.dtype:
+                raise ValueError(
+                    f"state of {name}: {tuple(state[name].shape)} is not {tuple(parameter.shape)}"
+                )
+        with torch.no_grad():
+            for name, parameter in self._named():
+                parameter.copy_(state[f"parameter/{name}"])
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(version)),
+                    "exp_avg": state[f"exp_avg/{name}"].to(self.device).clone(),
+                    "exp_avg_sq": state[f"exp_avg_sq/{name}"].to(self.device).clone(),
+                }
+        if version == 0:
+            self._optimizer.state.clear()
+        self.version = version
+        self.accumulator = self._fresh(version)
+
+    def hash(self) -> bytes:
+        """Eight bytes that differ when any parameter's bits or the version do."""
+        digest = hashlib.sha256(self.version.to_bytes(8, "little"))
+        for _, parameter in self._named():
+            digest.update(
+                memoryview(parameter.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+            )
+        return digest.digest()[:8]
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
+
+
+def learning_rate(config: OptimizerConfig, version: int, steps: int) -> float:
+    """Of the step that takes `version` to `version + 1`: linear warm-up, cosine decay, then constant."""
+    if version < config.warmup_steps:
+        return config.lr * (version + 1) / config.warmup_steps
+    end = config.decay_steps or steps
+    progress = min(1.0, (version - config.warmup_steps) / max(1, end - config.warmup_steps))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        foreach=True,
+    )

@@ -1,0 +1,306 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Direction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FORWARD: _ClassVar[Direction]
+    BACKWARD: _ClassVar[Direction]
+
+class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TRAIN: _ClassVar[Mode]
+    EVALUATE: _ClassVar[Mode]
+
+class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ACCEPTED: _ClassVar[Status]
+    DUPLICATE: _ClassVar[Status]
+    BUSY: _ClassVar[Status]
+    STALE: _ClassVar[Status]
+    CLOSED: _ClassVar[Status]
+    REJECTED: _ClassVar[Status]
+    UNKNOWN: _ClassVar[Status]
+    LINK: _ClassVar[Status]
+
+class EventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FORWARDED: _ClassVar[EventKind]
+    BACKWARDED: _ClassVar[EventKind]
+    EVALUATED: _ClassVar[EventKind]
+    PUSH_FAILED: _ClassVar[EventKind]
+    DROPPED: _ClassVar[EventKind]
+    ARRIVED: _ClassVar[EventKind]
+FORWARD: Direction
+BACKWARD: Direction
+TRAIN: Mode
+EVALUATE: Mode
+ACCEPTED: Status
+DUPLICATE: Status
+BUSY: Status
+STALE: Status
+CLOSED: Status
+REJECTED: Status
+UNKNOWN: Status
+LINK: Status
+FORWARDED: EventKind
+BACKWARDED: EventKind
+EVALUATED: EventKind
+PUSH_FAILED: EventKind
+DROPPED: EventKind
+ARRIVED: EventKind
+
+class Route(_message.Message):
+    __slots__ = ("microbatch", "session", "trainer", "attempt", "peers", "forward_until", "backward_until", "mode", "step", "accumulated")
+    MICROBATCH_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TRAINER_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_UNTIL_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_UNTIL_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ACCUMULATED_FIELD_NUMBER: _ClassVar[int]
+    microbatch: bytes
+    session: bytes
+    trainer: str
+    attempt: int
+    peers: _containers.RepeatedScalarFieldContainer[str]
+    forward_until: int
+    backward_until: int
+    mode: Mode
+    step: int
+    accumulated: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, microbatch: _Optional[bytes] = ..., session: _Optional[bytes] = ..., trainer: _Optional[str] = ..., attempt: _Optional[int] = ..., peers: _Optional[_Iterable[str]] = ..., forward_until: _Optional[int] = ..., backward_until: _Optional[int] = ..., mode: _Optional[_Union[Mode, str]] = ..., step: _Optional[int] = ..., accumulated: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Push(_message.Message):
+    __slots__ = ("route", "stage", "direction", "codec", "shape", "tokens", "sequences")
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    route: Route
+    stage: int
+    direction: Direction
+    codec: int
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    tokens: bytes
+    sequences: int
+    def __init__(self, route: _Optional[_Union[Route, _Mapping]] = ..., stage: _Optional[int] = ..., direction: _Optional[_Union[Direction, str]] = ..., codec: _Optional[int] = ..., shape: _Optional[_Iterable[int]] = ..., tokens: _Optional[bytes] = ..., sequences: _Optional[int] = ...) -> None: ...
+
+class Resend(_message.Message):
+    __slots__ = ("route", "direction")
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    route: Route
+    direction: Direction
+    def __init__(self, route: _Optional[_Union[Route, _Mapping]] = ..., direction: _Optional[_Union[Direction, str]] = ...) -> None: ...
+
+class Microbatches(_message.Message):
+    __slots__ = ("session", "ids", "attempt")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    ids: _containers.RepeatedScalarFieldContainer[bytes]
+    attempt: int
+    def __init__(self, session: _Optional[bytes] = ..., ids: _Optional[_Iterable[bytes]] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class HopRequest(_message.Message):
+    __slots__ = ("push", "resend", "cancel", "release", "ping")
+    PUSH_FIELD_NUMBER: _ClassVar[int]
+    RESEND_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
+    push: Push
+    resend: Resend
+    cancel: Microbatches
+    release: Microbatches
+    ping: bool
+    def __init__(self, push: _Optional[_Union[Push, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., cancel: _Optional[_Union[Microbatches, _Mapping]] = ..., release: _Optional[_Union[Microbatches, _Mapping]] = ..., ping: _Optional[bool] = ...) -> None: ...
+
+class Accumulated(_message.Message):
+    __slots__ = ("microbatch", "step", "loss")
+    MICROBATCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    microbatch: bytes
+    step: int
+    loss: float
+    def __init__(self, microbatch: _Optional[bytes] = ..., step: _Optional[int] = ..., loss: _Optional[float] = ...) -> None: ...
+
+class HopReply(_message.Message):
+    __slots__ = ("status", "reason", "accumulated")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ACCUMULATED_FIELD_NUMBER: _ClassVar[int]
+    status: Status
+    reason: str
+    accumulated: _containers.RepeatedCompositeFieldContainer[Accumulated]
+    def __init__(self, status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., accumulated: _Optional[_Iterable[_Union[Accumulated, _Mapping]]] = ...) -> None: ...
+
+class WatchPing(_message.Message):
+    __slots__ = ("session", "echo_s")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ECHO_S_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    echo_s: float
+    def __init__(self, session: _Optional[bytes] = ..., echo_s: _Optional[float] = ...) -> None: ...
+
+class Event(_message.Message):
+    __slots__ = ("kind", "microbatch", "attempt", "step", "loss", "seconds", "direction", "target", "status", "reason")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCH_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    kind: EventKind
+    microbatch: bytes
+    attempt: int
+    step: int
+    loss: float
+    seconds: float
+    direction: Direction
+    target: str
+    status: Status
+    reason: str
+    def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., microbatch: _Optional[bytes] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., loss: _Optional[float] = ..., seconds: _Optional[float] = ..., direction: _Optional[_Union[Direction, str]] = ..., target: _Optional[str] = ..., status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ("sent_at_s", "queue", "version")
+    SENT_AT_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    sent_at_s: float
+    queue: int
+    version: int
+    def __init__(self, sent_at_s: _Optional[float] = ..., queue: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+
+class Stepped(_message.Message):
+    __slots__ = ("version", "included")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    INCLUDED_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    included: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[int] = ..., included: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class WatchFrame(_message.Message):
+    __slots__ = ("heartbeat", "event", "stepped")
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    STEPPED_FIELD_NUMBER: _ClassVar[int]
+    heartbeat: Heartbeat
+    event: Event
+    stepped: Stepped
+    def __init__(self, heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ...) -> None: ...
+
+class StepReport(_message.Message):
+    __slots__ = ("step", "weight", "state_hash", "frozen")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    STATE_HASH_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    weight: float
+    state_hash: bytes
+    frozen: bool
+    def __init__(self, step: _Optional[int] = ..., weight: _Optional[float] = ..., state_hash: _Optional[bytes] = ..., frozen: _Optional[bool] = ...) -> None: ...
+
+class StepDone(_message.Message):
+    __slots__ = ("ok", "lost")
+    OK_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    ok: bool
+    lost: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ok: _Optional[bool] = ..., lost: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class FromMember(_message.Message):
+    __slots__ = ("report", "done")
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    report: StepReport
+    done: StepDone
+    def __init__(self, report: _Optional[_Union[StepReport, _Mapping]] = ..., done: _Optional[_Union[StepDone, _Mapping]] = ...) -> None: ...
+
+class PlanMember(_message.Message):
+    __slots__ = ("peer", "weight")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    weight: float
+    def __init__(self, peer: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class StepPlan(_message.Message):
+    __slots__ = ("key", "step", "members")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    step: int
+    members: _containers.RepeatedCompositeFieldContainer[PlanMember]
+    def __init__(self, key: _Optional[bytes] = ..., step: _Optional[int] = ..., members: _Optional[_Iterable[_Union[PlanMember, _Mapping]]] = ...) -> None: ...
+
+class FromCoordinator(_message.Message):
+    __slots__ = ("alive", "behind", "drifted", "plan", "commit")
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    BEHIND_FIELD_NUMBER: _ClassVar[int]
+    DRIFTED_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    alive: bool
+    behind: int
+    drifted: bool
+    plan: StepPlan
+    commit: bool
+    def __init__(self, alive: _Optional[bool] = ..., behind: _Optional[int] = ..., drifted: _Optional[bool] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., commit: _Optional[bool] = ...) -> None: ...
+
+class VerdictRequest(_message.Message):
+    __slots__ = ("plan",)
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    plan: bytes
+    def __init__(self, plan: _Optional[bytes] = ...) -> None: ...
+
+class VerdictReply(_message.Message):
+    __slots__ = ("committed",)
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    committed: bool
+    def __init__(self, committed: _Optional[bool] = ...) -> None: ...
+
+class StateRequest(_message.Message):
+    __slots__ = ("stage",)
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    def __init__(self, stage: _Optional[int] = ...) -> None: ...
+
+class StateOffer(_message.Message):
+    __slots__ = ("available", "version", "size_bytes", "sha256")
+    AVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    available: bool
+    version: int
+    size_bytes: int
+    sha256: bytes
+    def __init__(self, available: _Optional[bool] = ..., version: _Optional[int] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+
+class Metrics(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: bytes
+    def __init__(self, json: _Optional[bytes] = ...) -> None: ...

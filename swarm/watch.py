@@ -1,0 +1,157 @@
+"""The peer's side of watch streams: events to trainers, heartbeats, and the lease to accumulate.
+
+A trainer opens one watch stream to every peer it uses. The peer sends events, and heartbeats stamped with
+its own clock; the trainer echoes the stamp of each. The echo renews a lease: the peer may accumulate
+gradients of that trainer's microbatches until `stamp + lease_s` on its own clock. A trainer that stops
+hearing from a peer waits out the same lease before it gives the work to another, so a peer that was
+stopped and wakes up cannot accumulate a second time; clocks need not agree, only run equally fast.
+
+A broken watch stream does not end the session: events wait for the trainer to open the next one. When
+the lease has run out, or the trainer says goodbye, the session ends and everything held for it goes.
+
+I/O: one event loop; `may_accumulate` is also called by the compute thread.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from google.protobuf.message import DecodeError
+
+from averaging.errors import LinkError
+from averaging.network import Network, PeerId, Stream
+from swarm import swarm_pb2 as pb
+from swarm.config import NetworkConfig
+
+SERVICE = "watch"
+MAX_EVENTS = 20_000  # for a trainer that does not read: its session ends
+MAX_SESSIONS = 64
+
+
+@dataclass(slots=True)
+class Session:
+    """One life of one trainer, as this peer sees it."""
+
+    trainer: PeerId
+    key: bytes
+    lease_until_s: float
+    events: deque[bytes] = field(default_factory=deque)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    streams: int = 0
+    goodbye: bool = False
+
+    def say(self, frame: bytes) -> None:
+        self.events.append(frame)
+        self.changed.set()
+
+
+class Watchers:
+    """All sessions of one peer."""
+
+    def __init__(
+        self,
+        network: Network,
+        settings: NetworkConfig,
+        *,
+        clock: Callable[[], float],
+        status: Callable[[], tuple[int, int]],
+        on_end: Callable[[Session], None],
+    ) -> None:
+        """`status` returns (queue, version) for heartbeats; `on_end` drops what a session left behind."""
+        self._network, self._settings, self._clock = network, settings, clock
+        self._status, self._on_end = status, on_end
+        self._sessions: dict[tuple[PeerId, bytes], Session] = {}
+
+    async def start(self) -> None:
+        await self._network.serve(SERVICE, self._watch)
+
+    def session(self, trainer: PeerId, key: bytes) -> Session | None:
+        return self._sessions.get((trainer, key))
+
+    def may_accumulate(self, trainer: PeerId, key: bytes) -> bool:
+        session = self._sessions.get((trainer, key))
+        return session is not None and self._clock() < session.lease_until_s
+
+    def say(self, trainer: PeerId, key: bytes, frame: bytes) -> None:
+        """Queue an event for one trainer; no-op when its session has ended."""
+        session = self._sessions.get((trainer, key))
+        if session is not None:
+            session.say(frame)
+
+    def say_all(self, frame: bytes) -> None:
+        for session in self._sessions.values():
+            session.say(frame)
+
+    async def _watch(self, stream: Stream) -> None:
+        """Serve one watch stream until it breaks or the trainer says goodbye."""
+        try:
+            ping = await self._ping(stream)
+        except LinkError:
+            return stream.abort()
+        if ping is None or len(ping.session) != 8 or len(self._sessions) >= MAX_SESSIONS:
+            return stream.abort()
+        name = (stream.remote, ping.session)
+        session = self._sessions.get(name)
+        if session is None:
+            lease_s = self._clock() + self._settings.lease_s
+            session = self._sessions[name] = Session(stream.remote, ping.session, lease_s)
+        session.streams += 1
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                speaking = tasks.create_task(self._speak(stream, session))
+                tasks.create_task(self._listen(stream, session, speaking))
+        except* LinkError:
+            stream.abort()
+        finally:
+            session.streams -= 1
+            self._expire(session)
+
+    async def _ping(self, stream: Stream) -> pb.WatchPing | None:
+        frame = await stream.receive()
+        try:
+            return None if frame is None else pb.WatchPing.FromString(frame.header)
+        except DecodeError:
+            raise LinkError(stream.remote, "malformed ping") from None
+
+    async def _speak(self, stream: Stream, session: Session) -> None:
+        """Send events as they come, and a heartbeat every period."""
+        loop = asyncio.get_running_loop()
+        next_beat_s = loop.time()
+        while not session.goodbye:
+            if loop.time() >= next_beat_s:
+                queue, version = self._status()
+                beat = pb.Heartbeat(sent_at_s=self._clock(), queue=queue, version=version)
+                await stream.send(pb.WatchFrame(heartbeat=beat).SerializeToString())
+                next_beat_s = loop.time() + self._settings.heartbeat_s
+            while session.events:
+                await stream.send(session.events[0])
+                session.events.popleft()
+            session.changed.clear()
+            try:
+                async with asyncio.timeout(max(0.0, next_beat_s - loop.time())):
+                    await session.changed.wait()
+            except TimeoutError:
+                pass
+            if len(session.events) > MAX_EVENTS:
+                raise LinkError(session.trainer, "does not read its events")
+
+    async def _listen(self, stream: Stream, session: Session, speaking: "asyncio.Task[None]") -> None:
+        """Renew the lease with every echo."""
+        while (ping := await self._ping(stream)) is not None:
+            if ping.echo_s <= self._clock():  # never beyond what this clock has stamped
+                session.lease_until_s = max(session.lease_until_s, ping.echo_s + self._settings.lease_s)
+        session.goodbye = True
+        speaking.cancel()
+
+    def _expire(self, session: Session) -> None:
+        """End the session if nobody watches and its lease is over; look again when it will be."""
+        name = (session.trainer, session.key)
+        if session.streams or self._sessions.get(name) is not session:
+            return
+        left_s = session.lease_until_s - self._clock()
+        if session.goodbye or left_s <= 0:
+            del self._sessions[name]
+            self._on_end(session)
+        else:
+            asyncio.get_running_loop().call_later(left_s + 0.01, self._expire, session)

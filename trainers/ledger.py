@@ -1,0 +1,733 @@
+"""The life of a microbatch in the swarm: events in, commands out.
+
+A microbatch has one hop per stage. Each hop is assigned to a peer, gets its input, is forwarded,
+accumulated, and in the end settled: the step that holds its gradient has been applied by the stage.
+
+    issue                choose a peer per stage, push the token ids to the first
+    push failed          busy or stale: another peer; no answer: cancel there first, then another peer
+    hop too slow         cancel there; what it has already accumulated stands
+    peer gone            its hops go to others: the living neighbours send what they retained
+    step applied         settles the hops that are in it; a dead peer's gradient that is not in it is
+                         computed again (retained until the step) or counted as lost
+
+Invariant: a hop is given to another peer only when the previous one certainly will not accumulate it:
+it said so, or it is gone (dead, or silent for longer than its lease).
+
+Routes carry an attempt number; neighbours adopt the newest one they hear of. Messages of earlier
+attempts are recognised by their peers, so late events of replaced peers change nothing.
+
+Pure: no network, no clock, no randomness but the wirings'. Design sections 4 to 6.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from averaging.network import PeerId
+from swarm import swarm_pb2 as pb
+from swarm.messages import Route
+from swarm.wiring import StageWiring
+
+MAX_REJECTIONS = 6  # of one microbatch: then its data is at fault, not a peer
+RETRY_S = 0.1
+REMEMBERED_STEPS = 16
+
+
+# ---- events
+
+
+@dataclass(frozen=True, slots=True)
+class PeerReady:
+    """A peer answers our watch stream and may be given hops."""
+
+    stage: int
+    peer: PeerId
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    """Dead, or silent for longer than its lease: it will accumulate nothing more of ours."""
+
+    peer: PeerId
+    left: bool = False  # said goodbye: not a failure
+
+
+@dataclass(frozen=True, slots=True)
+class WatchBroke:
+    """The peer lives, but events may have been lost: ask it what became of its hops."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class HopEvent:
+    """What a peer says about one of its hops."""
+
+    peer: PeerId
+    kind: int
+    microbatch: bytes
+    step: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+    backward: bool = False
+    target: PeerId = ""
+    status: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A peer's answer to a resend, or the first peer's to a push of token ids."""
+
+    peer: PeerId
+    microbatch: bytes
+    attempt: int
+    status: int
+    push: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAnswered:
+    """The peer has withdrawn these microbatches, but had already accumulated some."""
+
+    peer: PeerId
+    microbatches: tuple[bytes, ...]
+    accumulated: tuple[tuple[bytes, int, float], ...]  # (microbatch, step, loss)
+
+
+@dataclass(frozen=True, slots=True)
+class SteppedEvent:
+    peer: PeerId
+    version: int
+    included: frozenset[PeerId]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+LedgerEvent = PeerReady | PeerGone | WatchBroke | HopEvent | Answered | CancelAnswered | SteppedEvent | Tick
+
+
+# ---- commands
+
+
+@dataclass(frozen=True, slots=True)
+class PushTokens:
+    route: Route
+    tokens: bytes
+    sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resend:
+    peer: PeerId
+    route: Route
+    backward: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    peer: PeerId
+    microbatches: tuple[bytes, ...]
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    peer: PeerId
+    microbatches: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """Every stage has accumulated it (or, evaluating, the last stage has its loss)."""
+
+    microbatch: bytes
+    tokens: int
+    loss: float
+    evaluate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """Given up: its data does harm wherever it goes."""
+
+    microbatch: bytes
+    evaluate: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """All hops that `peer` left behind have arrived elsewhere."""
+
+    peer: PeerId
+    noticed_s: float
+    recovered_s: float
+    hops: int
+
+
+Command = PushTokens | Resend | Cancel | Release | Completed | Abandoned | Recovered
+
+
+# ---- state
+
+
+class Phase(IntEnum):
+    ASSIGNED = 0
+    FORWARDED = 1
+    ACCUMULATED = 2
+    SETTLED = 3
+
+
+@dataclass(slots=True)
+class Hop:
+    peer: PeerId | None = None
+    phase: Phase = Phase.ASSIGNED
+    has_input: bool = False
+    due_s: float | None = None  # since when it is this hop's turn
+    cancelling: bool = False
+    step: int = 0
+    accumulated_by: PeerId | None = None  # `peer` may later be another one that only supplies neighbours
+    awaits_verdict: bool = False  # who accumulated it is gone; is the gradient in the step?
+
+
+@dataclass(slots=True)
+class Flight:
+    id: bytes
+    tokens: bytes
+    sequences: int
+    token_count: int
+    evaluate: bool
+    step: int
+    hops: list[Hop]
+    attempt: int = 0
+    loss: float = 0.0
+    unplaced: set[int] = field(default_factory=set)
+    routed: bool = False  # it has had a peer at every stage
+    completed: bool = False  # every hop is accumulated
+    counted: bool = False  # completed at least once
+    rejections: int = 0
+    avoid: set[PeerId] = field(default_factory=set)
+    retries: list[tuple[float, Resend | PushTokens, int]] = field(default_factory=list)
+    touched: set[PeerId] = field(default_factory=set)  # peers that may hold something of it
+
+
+class Ledger:
+    """All microbatches of one trainer."""
+
+    def __init__(
+        self,
+        *,
+        trainer: PeerId,
+        session: bytes,
+        wirings: Sequence[StageWiring],
+        hop_deadline_s: float,
+        retain_until_step: bool,
+        strict: bool = False,
+    ) -> None:
+        self._trainer, self._session, self._wirings = trainer, session, wirings
+        self._hop_deadline_s, self._retain, self._strict = hop_deadline_s, retain_until_step, strict
+        self._flights: dict[bytes, Flight] = {}
+        self._stage_of: dict[PeerId, int] = {}
+        self._versions: list[dict[PeerId, int]] = [{} for _ in wirings]
+        self._included: list[dict[int, frozenset[PeerId]]] = [{} for _ in wirings]
+        self._recovering: dict[PeerId, tuple[float, set[tuple[bytes, int]], int]] = {}
+        self.counters: Counter[str] = Counter()
+
+    # what the trainer asks
+
+    @property
+    def in_flight(self) -> int:
+        """Microbatches that are not completed."""
+        return sum(not flight.completed for flight in self._flights.values())
+
+    @property
+    def unsettled(self) -> int:
+        """Microbatches whose gradients are not all in applied steps."""
+        return len(self._flights)
+
+    def floor(self, stage: int) -> int:
+        """The version that every live peer of `stage` has reached (0 without peers)."""
+        return min(self._versions[stage].values(), default=0)
+
+    @property
+    def version(self) -> int:
+        """The version that every stage has reached."""
+        return min(self.floor(stage) for stage in range(len(self._wirings)))
+
+    def hops_of(self, peer: PeerId) -> list[bytes]:
+        """Microbatches with a hop at `peer` that is not accumulated."""
+        return [f.id for f, _, hop in self._hops(peer) if hop.phase < Phase.ACCUMULATED]
+
+    def issue(
+        self, microbatch: bytes, tokens: bytes, *, sequences: int, evaluate: bool, step: int, now_s: float
+    ) -> list[Command]:
+        """Send a new microbatch on its way, now or as soon as every stage has a peer."""
+        flight = Flight(
+            id=microbatch,
+            tokens=tokens,
+            sequences=sequences,
+            token_count=len(tokens) // 4 - sequences,
+            evaluate=evaluate,
+            step=step,
+            hops=[Hop() for _ in self._wirings],
+            unplaced=set(range(len(self._wirings))),
+        )
+        self._flights[microbatch] = flight
+        if not evaluate:
+            self.counters["issued"] += 1
+        return self._place(flight, now_s)
+
+    def handle(self, event: LedgerEvent, now_s: float) -> list[Command]:
+        """Take one event; returns what to do about it, in order."""
+        match event:
+            case PeerReady():
+                return self._ready(event, now_s)
+            case PeerGone():
+                return self._gone(event, now_s)
+            case WatchBroke(peer):
+                return self._cancel_hops(peer)
+            case HopEvent():
+                return self._hop_event(event, now_s)
+            case Answered():
+                return self._answered(event, now_s)
+            case CancelAnswered():
+                return self._cancel_answered(event, now_s)
+            case SteppedEvent():
+                return self._stepped(event, now_s)
+            case Tick():
+                return self._tick(now_s)
+
+    # peers
+
+    def _ready(self, event: PeerReady, now_s: float) -> list[Command]:
+        self._stage_of[event.peer] = event.stage
+        self._versions[event.stage][event.peer] = event.version
+        self._wirings[event.stage].add(event.peer)
+        return [
+            c
+            for flight in list(self._flights.values())
+            if flight.unplaced
+            for c in self._place(flight, now_s)
+        ]
+
+    def _gone(self, event: PeerGone, now_s: float) -> list[Command]:
+        stage = self._stage_of.pop(event.peer, None)
+        if stage is None:
+            return []
+        self._versions[stage].pop(event.peer, None)
+        if event.left:
+            self._wirings[stage].remove(event.peer)
+        else:
+            self._wirings[stage].ban(event.peer, now_s)
+        commands: list[Command] = []
+        moved: set[tuple[bytes, int]] = set()
+        for flight, s, hop in list(self._hops(event.peer)):
+            if hop.phase is Phase.SETTLED or (hop.phase is Phase.ACCUMULATED and not self._strict):
+                if s > 0 and flight.hops[s - 1].phase < Phase.ACCUMULATED:
+                    commands += self._place(flight, now_s, suppliers={s})  # was its gradient delivered?
+                if hop.phase is Phase.ACCUMULATED:
+                    hop.awaits_verdict = hop.accumulated_by == event.peer or hop.awaits_verdict
+                    commands += self._judge(flight, s, now_s)
+                continue
+            flight.completed = False  # strict: what was accumulated there is computed again, too
+            moved.add((flight.id, s))
+            commands += self._reroute(flight, {s}, now_s)
+        if moved and not event.left:
+            self._recovering[event.peer] = (now_s, moved, len(moved))
+        return commands + self._settle(stage, now_s)
+
+    def _cancel_hops(self, peer: PeerId) -> list[Command]:
+        ids = []
+        for flight, _, hop in self._hops(peer):
+            if hop.phase < Phase.ACCUMULATED:
+                hop.cancelling = True
+                ids.append(flight.id)
+        attempt = max((self._flights[i].attempt for i in ids), default=0)
+        return [Cancel(peer, tuple(ids), attempt)] if ids else []
+
+    # what peers say of a hop
+
+    def _hop_event(self, event: HopEvent, now_s: float) -> list[Command]:
+        flight = self._flights.get(event.microbatch)
+        stage = self._stage_of.get(event.peer)
+        if flight is None or stage is None or flight.hops[stage].peer != event.peer:
+            return []  # late: the microbatch is done, or this peer was replaced
+        hop = flight.hops[stage]
+        match event.kind:
+            case pb.ARRIVED:
+                return self._has_input(flight, stage, now_s)
+            case pb.FORWARDED:
+                commands = self._has_input(flight, stage, now_s)
+                if hop.phase is Phase.ASSIGNED:
+                    hop.phase = Phase.FORWARDED
+                    self._wirings[stage].observe(event.peer, flight.token_count, event.seconds)
+                if stage + 1 < len(flight.hops):
+                    commands += self._has_input(flight, stage + 1, now_s)
+                return commands
+            case pb.BACKWARDED:
+                if stage == len(flight.hops) - 1:
+                    self._wirings[stage].observe(event.peer, flight.token_count, event.seconds)
+                return self._accumulated(flight, stage, event.step, event.loss, now_s)
+            case pb.EVALUATED:
+                flight.loss = event.loss
+                return self._complete(flight)
+            case pb.DROPPED:
+                return self._dropped(flight, stage, event, now_s)
+            case pb.PUSH_FAILED:
+                return self._push_failed(flight, stage, event, now_s)
+        return []
+
+    def _has_input(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
+        hop = flight.hops[stage]
+        if not hop.has_input:
+            hop.has_input, hop.due_s = True, now_s
+        return self._recovered(flight.id, stage, now_s)
+
+    def _accumulated(self, flight: Flight, stage: int, step: int, loss: float, now_s: float) -> list[Command]:
+        hop = flight.hops[stage]
+        if hop.phase >= Phase.ACCUMULATED:
+            return []
+        hop.phase, hop.step, hop.cancelling, hop.due_s = Phase.ACCUMULATED, step, False, None
+        hop.accumulated_by = hop.peer
+        commands = self._has_input(flight, stage, now_s)
+        if stage == len(flight.hops) - 1:
+            flight.loss = loss
+        if stage > 0 and flight.hops[stage - 1].phase < Phase.ACCUMULATED:
+            flight.hops[stage - 1].due_s = now_s
+        if all(h.phase >= Phase.ACCUMULATED for h in flight.hops) and not flight.completed:
+            commands += self._complete(flight)
+        return commands + self._settle_hop(flight, stage, now_s)
+
+    def _complete(self, flight: Flight) -> list[Command]:
+        flight.completed = True
+        commands: list[Command] = []
+        if flight.evaluate or not self._retain:
+            commands += self._release(flight)
+        if flight.evaluate:
+            del self._flights[flight.id]
+        if not flight.counted:  # once, however often a hop is computed again
+            flight.counted = True
+            self.counters["completed"] += not flight.evaluate
+            commands.append(Completed(flight.id, flight.token_count, flight.loss, flight.evaluate))
+        return commands
+
+    def _release(self, flight: Flight) -> list[Command]:
+        peers = [p for p in flight.touched if p in self._stage_of]
+        return [Release(peer, (flight.id,)) for peer in sorted(peers)]
+
+    def _dropped(self, flight: Flight, stage: int, event: HopEvent, now_s: float) -> list[Command]:
+        if event.status == pb.CLOSED:  # strict: the step was closed with this microbatch in it
+            return self._in_closed_step(flight, stage, now_s)
+        return self._again(flight, stage, event.peer, event.reason, now_s)
+
+    def _in_closed_step(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
+        commands = self._accumulated(flight, stage, flight.step, flight.loss, now_s)
+        flight.hops[stage].phase = Phase.SETTLED
+        if flight.id not in self._flights:
+            return commands
+        return commands + self._finish_if_settled(flight)
+
+    def _again(self, flight: Flight, stage: int, culprit: PeerId, reason: str, now_s: float) -> list[Command]:
+        """Compute one hop again elsewhere, unless this microbatch has failed too often."""
+        flight.rejections += 1
+        flight.avoid.add(culprit)
+        if flight.rejections > MAX_REJECTIONS:
+            del self._flights[flight.id]
+            self.counters["lost"] += not flight.evaluate
+            commands = [Cancel(p, (flight.id,), flight.attempt) for p in sorted(flight.touched)]
+            return [*commands, Abandoned(flight.id, flight.evaluate, reason)]
+        return self._reroute(flight, {stage}, now_s)
+
+    def _push_failed(self, flight: Flight, stage: int, event: HopEvent, now_s: float) -> list[Command]:
+        next_stage = stage - 1 if event.backward else stage + 1
+        target = flight.hops[next_stage]
+        if event.status == pb.CLOSED and target.peer == event.target:
+            return self._in_closed_step(flight, next_stage, now_s)
+        if target.peer is None or (target.peer != event.target and flight.unplaced):
+            return []  # a new route is about to be made
+        if target.phase >= Phase.ACCUMULATED and target.accumulated_by == target.peer:
+            return []  # it got there another way
+        if target.peer != event.target:
+            return [Resend(event.peer, self._route(flight), event.backward)]
+        if event.status == pb.BUSY:
+            return self._busy(
+                flight, next_stage, Resend(event.peer, self._route(flight), event.backward), now_s
+            )
+        if event.status == pb.REJECTED:
+            if event.backward:  # the sender has accumulated: nothing can be taken back
+                flight.rejections = MAX_REJECTIONS
+            return self._again(flight, stage, event.peer, event.reason, now_s)
+        if event.status == pb.LINK:
+            self._wirings[next_stage].ban_link(event.peer, event.target, now_s)
+            target.cancelling = True
+            return [Cancel(event.target, (flight.id,), flight.attempt)]
+        return self._reroute(flight, {next_stage}, now_s)  # STALE: it does not hold it
+
+    def _busy(self, flight: Flight, stage: int, again: Resend | PushTokens, now_s: float) -> list[Command]:
+        """The peer of `stage` has no room: take another one, or try again a little later."""
+        hop = flight.hops[stage]
+        assert hop.peer is not None
+        self.counters["busy"] += 1
+        if len(self._wirings[stage]) > 1 and hop.peer not in flight.avoid:
+            flight.avoid.add(hop.peer)
+            return self._reroute(flight, {stage}, now_s)
+        flight.avoid.clear()
+        flight.retries.append((now_s + RETRY_S, again, flight.attempt))
+        return []
+
+    def _answered(self, event: Answered, now_s: float) -> list[Command]:
+        flight = self._flights.get(event.microbatch)
+        stage = self._stage_of.get(event.peer)
+        if flight is None or stage is None or flight.hops[stage].peer != event.peer:
+            return []
+        hop = flight.hops[stage]
+        if not event.push:
+            if event.status == pb.UNKNOWN and hop.has_input and hop.phase < Phase.ACCUMULATED:
+                return self._reroute(flight, {stage}, now_s)
+            return []
+        if event.status in (pb.ACCEPTED, pb.DUPLICATE):
+            return self._has_input(flight, 0, now_s)
+        if hop.phase >= Phase.ACCUMULATED or event.attempt != flight.attempt or flight.unplaced:
+            return []
+        if event.status == pb.CLOSED:
+            return self._in_closed_step(flight, 0, now_s)
+        if event.status == pb.BUSY:
+            return self._busy(flight, 0, self._push_tokens(flight), now_s)
+        if event.status == pb.LINK:
+            hop.cancelling = True
+            return [Cancel(event.peer, (flight.id,), flight.attempt)]
+        return self._again(flight, 0, event.peer, "the first peer refused the token ids", now_s)
+
+    def _cancel_answered(self, event: CancelAnswered, now_s: float) -> list[Command]:
+        commands: list[Command] = []
+        stage = self._stage_of.get(event.peer)
+        if stage is None:
+            return []
+        stands = {microbatch: (step, loss) for microbatch, step, loss in event.accumulated}
+        for microbatch in event.microbatches:
+            flight = self._flights.get(microbatch)
+            if flight is None or flight.hops[stage].peer != event.peer:
+                continue
+            if flight.hops[stage].phase >= Phase.ACCUMULATED or not flight.hops[stage].cancelling:
+                continue
+            if microbatch in stands:
+                commands += self._accumulated(flight, stage, *stands[microbatch], now_s)
+            else:
+                commands += self._reroute(flight, {stage}, now_s)
+        return commands
+
+    # routes
+
+    def _reroute(self, flight: Flight, stages: set[int], now_s: float) -> list[Command]:
+        """Give the hops at `stages` to other peers and ask the neighbours for what they retained."""
+        for stage in stages:
+            flight.hops[stage] = Hop()
+            self.counters["rerouted_hops"] += flight.routed and not flight.evaluate
+        flight.unplaced |= stages
+        return self._place(flight, now_s)
+
+    def _place(
+        self, flight: Flight, now_s: float, suppliers: AbstractSet[int] = frozenset()
+    ) -> list[Command]:
+        """Assign every unplaced hop, or none: a route needs a peer at each stage.
+
+        `suppliers` are stages that are done but whose tensors a neighbour needs again.
+        """
+        placing = self._with_suppliers(flight, flight.unplaced | suppliers)
+        if any(not len(self._wirings[stage]) for stage in placing):
+            return []
+        first = not flight.routed
+        for stage in sorted(placing):
+            source = self._trainer if stage == 0 else flight.hops[stage - 1].peer or ""
+            hop = flight.hops[stage]
+            hop.peer, hop.has_input, hop.due_s, hop.cancelling = (
+                self._wirings[stage].choose(flight.token_count, now_s=now_s, source=source, avoid=flight.avoid),
+                False, None, False,
+            )  # fmt: skip
+            flight.touched.add(hop.peer)
+        flight.unplaced, flight.routed = set(), True
+        flight.retries.clear()
+        flight.attempt += not first
+        return self._supply(flight, sorted(placing), first)
+
+    def _with_suppliers(self, flight: Flight, placing: AbstractSet[int]) -> set[int]:
+        """Add the stages that are done but whose peer is gone, next to a hop that needs their tensors.
+
+        Another peer computes them again, to supply its neighbours only: the route says that nothing is to
+        be accumulated there.
+        """
+        extended, todo = set(placing), list(placing) if flight.routed else []
+        while todo:
+            stage = todo.pop()
+            for near in (stage - 1, stage + 1):
+                known = not 0 <= near < len(flight.hops) or near in extended
+                if not known and flight.hops[near].peer not in self._stage_of:
+                    extended.add(near)
+                    todo.append(near)
+        return extended
+
+    def _supply(self, flight: Flight, placed: Sequence[int], first: bool) -> list[Command]:
+        """Have the living neighbours of every run of new hops send what they retained."""
+        route, commands, last = self._route(flight), list[Command](), len(flight.hops) - 1
+        for stage in placed:
+            if stage == 0:
+                commands.append(self._push_tokens(flight))
+            elif stage - 1 not in placed:
+                commands.append(Resend(self._peer(flight, stage - 1), route, backward=False))
+            if not first and not flight.evaluate and stage < last and stage + 1 not in placed:
+                commands.append(Resend(self._peer(flight, stage + 1), route, backward=True))
+        return commands
+
+    def _peer(self, flight: Flight, stage: int) -> PeerId:
+        peer = flight.hops[stage].peer
+        assert peer is not None, "a placed flight has a peer at every stage"
+        return peer
+
+    def _push_tokens(self, flight: Flight) -> PushTokens:
+        return PushTokens(self._route(flight), flight.tokens, flight.sequences)
+
+    def _route(self, flight: Flight) -> Route:
+        hops = flight.hops
+        return Route(
+            microbatch=flight.id,
+            session=self._session,
+            trainer=self._trainer,
+            attempt=flight.attempt,
+            peers=tuple(self._peer(flight, stage) for stage in range(len(hops))),
+            forward_until=max((s for s, h in enumerate(hops) if not h.has_input), default=0),
+            backward_until=min(
+                (s for s, h in enumerate(hops) if h.phase < Phase.ACCUMULATED), default=len(hops)
+            ),
+            accumulated=tuple(s for s, h in enumerate(hops) if h.phase >= Phase.ACCUMULATED),
+            evaluate=flight.evaluate,
+            step=flight.step,
+        )
+
+    # steps
+
+    def _stepped(self, event: SteppedEvent, now_s: float) -> list[Command]:
+        stage = self._stage_of.get(event.peer)
+        if stage is None:
+            return []
+        versions, included = self._versions[stage], self._included[stage]
+        versions[event.peer] = max(versions.get(event.peer, 0), event.version)
+        if event.included:
+            included[event.version - 1] = event.included
+            while len(included) > REMEMBERED_STEPS:
+                del included[min(included)]
+        commands = self._settle(stage, now_s)
+        for flight in list(self._flights.values()):
+            if flight.hops[stage].awaits_verdict:
+                commands += self._judge(flight, stage, now_s)
+        return commands
+
+    def _settle(self, stage: int, now_s: float) -> list[Command]:
+        return [
+            command
+            for flight in list(self._flights.values())
+            for command in self._settle_hop(flight, stage, now_s)
+        ]
+
+    def _settle_hop(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
+        """Settle an accumulated hop once every live peer of its stage has applied its step."""
+        hop = flight.hops[stage]
+        settled = hop.phase is Phase.ACCUMULATED and not hop.awaits_verdict
+        if settled and self._versions[stage] and hop.step < self.floor(stage):
+            hop.phase = Phase.SETTLED
+            return self._finish_if_settled(flight)
+        return []
+
+    def _judge(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
+        """Whoever accumulated this hop is gone: is its gradient in the step it was meant for?"""
+        hop = flight.hops[stage]
+        if not hop.awaits_verdict:
+            return []
+        newest = max(self._included[stage], default=-1)
+        if hop.step in self._included[stage]:
+            inside = hop.accumulated_by in self._included[stage][hop.step]
+        elif newest > hop.step or not self._versions[stage]:
+            inside = False  # closed without anyone here hearing of it, or nobody is left who knows
+        else:
+            return []
+        hop.awaits_verdict = False
+        if not inside and (self._retain or not flight.completed):
+            flight.completed = False
+            return self._reroute(flight, {stage}, now_s)
+        self.counters["lost"] += not inside
+        hop.phase = Phase.SETTLED
+        return self._finish_if_settled(flight)
+
+    def _finish_if_settled(self, flight: Flight) -> list[Command]:
+        if any(hop.phase is not Phase.SETTLED for hop in flight.hops) or flight.id not in self._flights:
+            return []
+        commands = self._complete(flight) if not flight.completed else []
+        del self._flights[flight.id]
+        return commands + (self._release(flight) if self._retain else [])
+
+    # time
+
+    def _tick(self, now_s: float) -> list[Command]:
+        commands: list[Command] = []
+        slow: defaultdict[PeerId, list[Flight]] = defaultdict(list)
+        for flight in list(self._flights.values()):
+            if flight.unplaced:
+                commands += self._place(flight, now_s)
+            due = [r for r in flight.retries if r[0] <= now_s]
+            flight.retries = [r for r in flight.retries if r[0] > now_s]
+            commands += [again for _, again, attempt in due if attempt == flight.attempt]
+            for stage, hop in enumerate(flight.hops):
+                late = hop.due_s is not None and now_s - hop.due_s > self._hop_deadline_s
+                if late and hop.phase < Phase.ACCUMULATED and not hop.cancelling and hop.peer is not None:
+                    has_gradient = (
+                        stage == len(flight.hops) - 1 or flight.hops[stage + 1].phase >= Phase.ACCUMULATED
+                    )
+                    if hop.phase is Phase.ASSIGNED or has_gradient:
+                        hop.cancelling = True
+                        slow[hop.peer].append(flight)
+        for peer, flights in sorted(slow.items()):
+            self.counters["deadline"] += len(flights)
+            served = self._stage_of.get(peer)
+            if served is not None:
+                for flight in flights:  # in the prototype a timeout teaches the wiring nothing
+                    self._wirings[served].observe(peer, flight.token_count, 2 * self._hop_deadline_s)
+                    flight.avoid.add(peer)
+            attempt = max(flight.attempt for flight in flights)
+            commands.append(Cancel(peer, tuple(flight.id for flight in flights), attempt))
+        return commands
+
+    # bookkeeping
+
+    def _hops(self, peer: PeerId) -> Iterator[tuple[Flight, int, Hop]]:
+        for flight in list(self._flights.values()):
+            for stage, hop in enumerate(flight.hops):
+                if hop.peer == peer:
+                    yield flight, stage, hop
+
+    def _recovered(self, microbatch: bytes, stage: int, now_s: float) -> list[Command]:
+        done: list[Command] = []
+        for peer, (noticed_s, moved, hops) in list(self._recovering.items()):
+            moved.discard((microbatch, stage))
+            moved -= {m for m in moved if m[0] not in self._flights}
+            if not moved:
+                del self._recovering[peer]
+                done.append(Recovered(peer, noticed_s, now_s, hops))
+        return done
+
+
+def batched_releases(commands: Iterable[Command]) -> list[Command]:
+    """Join releases to the same peer into one command each."""
+    others: list[Command] = []
+    by_peer: defaultdict[PeerId, list[bytes]] = defaultdict(list)
+    for command in commands:
+        if isinstance(command, Release):
+            by_peer[command.peer] += command.microbatches
+        else:
+            others.append(command)
+    return others + [Release(peer, tuple(ids)) for peer, ids in by_peer.items()]
