@@ -20,6 +20,7 @@ from averaging.errors import LinkError
 from averaging.network import Buffer, Frame, Handler, PeerId
 
 Fate = Literal["deliver", "break_before", "break_after", "twice"]
+DIAL_S = 10.0
 INBOX_FRAMES = 256  # a sender waits for room beyond this, as a full socket would make it
 
 
@@ -44,6 +45,7 @@ class MemoryStream:
         self._free_at_s = 0.0  # when the link has finished sending what was sent so far
         self._arrival_s = 0.0  # of the newest frame: timers of equal time fire in any order
         self.from_dialer = False
+        self._mute = False  # it lost frames: nothing more arrives in order
 
     async def send(self, header: bytes, payload: Buffer = b"") -> None:
         await self._put(Frame(header, bytes(payload)))
@@ -138,14 +140,11 @@ class MemoryHub:
             self._act((peer,), act)
 
     def sever(self, a: PeerId, b: PeerId) -> None:
-        """Cut the link between two peers: their streams break, new ones cannot be opened."""
+        """Cut the link between two peers as networks do: silently. What is sent vanishes, dials hang."""
         self.cut.add(frozenset((a, b)))
-        for stream in list(self._streams.get(a, ())):
-            if stream.remote == b and stream._twin is not None:
-                stream._break("link broke")
-                stream._twin._break("link broke")
 
     def heal(self, a: PeerId, b: PeerId) -> None:
+        """Let new streams pass again; those that have lost frames stay silent."""
         self.cut.discard(frozenset((a, b)))
 
     def later(self, source: PeerId, target: PeerId, act: Callable[..., None], *arguments: object) -> None:
@@ -164,6 +163,9 @@ class MemoryHub:
         source, target = sender._local, sender.remote
         if source in self.dead:  # a killed process does nothing more; its tasks wait to be collected
             await asyncio.Event().wait()
+        sender._mute |= frozenset((source, target)) in self.cut
+        if sender._mute:
+            return
         fate: Fate = (
             "deliver" if frame is None else self.fate(source, target, sender._service, sender.from_dialer)
         )
@@ -214,10 +216,13 @@ class MemoryHub:
         latency_s = self.link(source, target).latency_s
         if latency_s:
             await asyncio.sleep(2 * latency_s)
-        while source in self.hung or target in self.hung:  # dials of and to a stopped process just wait
-            await asyncio.sleep(0.05)
+        deadline_s = asyncio.get_running_loop().time() + DIAL_S
+        while source in self.hung or target in self.hung or frozenset((source, target)) in self.cut:
+            if asyncio.get_running_loop().time() > deadline_s:
+                raise LinkError(target, f"{service!r} did not answer within {DIAL_S:.0f} s")
+            await asyncio.sleep(0.05)  # noqa: ASYNC110 - a stopped or cut-off process does not answer
         network = self._networks.get(target)
-        if network is None or frozenset((source, target)) in self.cut:
+        if network is None:
             raise LinkError(target, "cannot be dialled")
         if service not in network.services:
             raise LinkError(target, f"does not serve {service!r}")

@@ -186,3 +186,8 @@ def push_error_is_final(status: int) -> bool:
 
 
 STATUS_NAMES = {number: name for name, number in pb.Status.items()}
+
+
+def _require(holds: bool, sender: PeerId, what: str) -> None:
+    if not holds:
+        raise RejectedError(sender, what)

@@ -42,7 +42,7 @@ from swarm.messages import (
     parse_route,
     reply,
 )
-from swarm.stage import Graph, Stage
+from swarm.stage import Accumulator, Graph, Stage
 from swarm.watch import Session, Watchers
 
 SERVICE = "hop"
@@ -85,7 +85,7 @@ class HopServer:
             network,
             config.network,
             clock=clock,
-            status=lambda: (compute.queued, stage.version),
+            status=lambda: (compute.queued, self.announced_version),
             on_end=self._forget_session,
         )
         self._codec = CODECS[config.pipeline.codec]
@@ -95,6 +95,8 @@ class HopServer:
         self.counters: Counter[str] = Counter()  # cumulative, by metric name
         self.rejections: Counter[PeerId] = Counter()  # by sender
         self.draining = False
+        self.announced_version = 0  # the version that trainers have been told of, after what led to it
+        self.orphans: set[bytes] = set()  # accumulated here, but their trainer may have re-issued them
         self.on_progress: Callable[[], None] = lambda: None  # called when there is more to report
 
     async def start(self) -> None:
@@ -105,6 +107,10 @@ class HopServer:
 
         await self._network.serve(SERVICE, serve, max_payload_bytes=max_payload_bytes(self._config))
         await self.watchers.start()
+
+    async def say_goodbye(self) -> None:
+        """End every watch stream with its explicit last frame: this peer leaves on purpose."""
+        await self.watchers.say_goodbye()
 
     def close(self) -> None:
         for task in self._pushes:
@@ -215,6 +221,7 @@ class HopServer:
 
     async def _cancel(self, sender: PeerId, message: pb.Microbatches) -> bytes:
         answer = pb.HopReply(status=pb.ACCEPTED)
+        attempts = dict(zip(message.ids, message.attempts, strict=False))
         for microbatch in message.ids[: 4 * self._config.pipeline.queue]:
             hop = self._of(sender, message.session, microbatch)
             if hop is not None and hop.job is not None and not hop.job.cancel():
@@ -223,7 +230,7 @@ class HopServer:
             if hop is not None and hop.phase is Phase.ACCUMULATED:
                 answer.accumulated.add(microbatch=microbatch, step=hop.step, loss=hop.loss)
             else:
-                self._drop_if_of(sender, message.session, microbatch, message.attempt)
+                self._drop_if_of(sender, message.session, microbatch, attempts.get(microbatch))
         return answer.SerializeToString()
 
     def _of(self, sender: PeerId, session: bytes, microbatch: bytes) -> Hop | None:
@@ -247,7 +254,33 @@ class HopServer:
 
     def _forget_session(self, session: Session) -> None:
         for hop in self.mailbox.of_session(session.trainer, session.key):
+            if hop.phase is Phase.ACCUMULATED and not session.goodbye:
+                self.orphans.add(hop.route.microbatch)
             self._drop(hop.route.microbatch)
+
+    def are_orphans(self, accumulator: Accumulator) -> bool:
+        """Does this sum hold gradients that their trainer, unheard for a lease, has given to others?"""
+        hops = (self.mailbox.get(microbatch) for microbatch in accumulator.microbatches)
+        return not self.orphans.isdisjoint(accumulator.microbatches) or any(
+            hop is not None and not self.watchers.may_accumulate(hop.route.trainer, hop.route.session)
+            for hop in hops
+        )
+
+    def moved_to_step(self, accumulator: Accumulator) -> None:
+        """Tell the trainers that what was accumulated for an earlier step counts in this one."""
+        for microbatch in accumulator.microbatches:
+            hop = self.mailbox.get(microbatch)
+            if hop is not None:
+                hop.step = accumulator.step
+                self._report(hop, pb.BACKWARDED, step=hop.step, loss=hop.loss)
+
+    def lost_gradients(self, accumulator: Accumulator) -> None:
+        """Tell the trainers that what was accumulated is gone: it is to be computed again."""
+        for microbatch in accumulator.microbatches:
+            hop = self.mailbox.get(microbatch)
+            if hop is not None:
+                self._report(hop, pb.DROPPED, reason="its accumulated gradient was given up")
+                self._drop(microbatch)
 
     # one hop
 

@@ -54,7 +54,7 @@ class Stage:
         self._training = training
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = _adamw(self._parameters, training.optimizer)
-        self.accumulator = self._fresh(0)
+        self.accumulator = self.empty(0)
 
     @property
     def values(self) -> int:
@@ -116,13 +116,23 @@ class Stage:
     def freeze(self) -> Accumulator:
         """Take the sum of the step that closes and start the next one."""
         frozen = self.accumulator
-        self.accumulator = self._fresh(frozen.step + 1)
+        self.accumulator = self.empty(frozen.step + 1)
         return frozen
 
     def thaw(self, frozen: Accumulator) -> None:
         """Undo `freeze` after an abandoned plan; nothing may have been accumulated since."""
         assert not self.accumulator.tokens, "thaw after new gradients would mix two steps"
         self.accumulator = frozen
+
+    def clear(self) -> None:
+        """Forget what the current step has accumulated."""
+        self.accumulator = self.empty(self.accumulator.step)
+
+    def merge(self, older: Accumulator) -> None:
+        """Count gradients of a step that closed without them in the current one."""
+        torch._foreach_add_(self.accumulator.sums, older.sums)
+        self.accumulator.tokens += older.tokens
+        self.accumulator.microbatches += older.microbatches
 
     @staticmethod
     def mean(frozen: Accumulator) -> torch.Tensor:
@@ -163,7 +173,8 @@ class Stage:
             group["params"] = [renewed[old] for old in group["params"]]
         self._parameters = [renewed[old] for old in self._parameters]
 
-    def _fresh(self, step: int) -> Accumulator:
+    def empty(self, step: int) -> Accumulator:
+        """A sum of nothing, for `step`."""
         return Accumulator(step, [torch.zeros_like(p) for p in self._parameters])
 
     # state
@@ -181,7 +192,10 @@ class Stage:
         return state
 
     def load(self, state: dict[str, torch.Tensor], version: int) -> None:
-        """Replace everything by `state` at `version`. Raises ValueError when names or shapes differ."""
+        """Replace parameters and optimizer by `state` at `version`; what is accumulated counts on there.
+
+        Raises ValueError when names or shapes differ; nothing is changed then.
+        """
         own = {f"{kind}/{n}": p for kind in ("parameter", "exp_avg", "exp_avg_sq") for n, p in self._named()}
         if own.keys() != state.keys():
             raise ValueError(f"state names differ: {sorted(own.keys() ^ state.keys())[:3]} ...")
@@ -190,6 +204,7 @@ class Stage:
                 raise ValueError(
                     f"state of {name}: {tuple(state[name].shape)} is not {tuple(parameter.shape)}"
                 )
+        self._renew_parameters()
         with torch.no_grad():
             for name, parameter in self._named():
                 parameter.copy_(state[f"parameter/{name}"])
@@ -201,7 +216,7 @@ class Stage:
         if version == 0:
             self._optimizer.state.clear()
         self.version = version
-        self.accumulator = self._fresh(version)
+        self.accumulator.step = version
 
     def hash(self) -> bytes:
         """Eight bytes that differ when any parameter's bits or the version do."""

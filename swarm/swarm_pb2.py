@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11swarm/swarm.proto\x12\x05swarm\"\xca\x01\n\x05Route\x12\x12\n\nmicrobatch\x18\x01 \x01(\x0c\x12\x0f\n\x07session\x18\x02 \x01(\x0c\x12\x0f\n\x07trainer\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\r\n\x05peers\x18\x05 \x03(\t\x12\x15\n\rforward_until\x18\x06 \x01(\r\x12\x16\n\x0e\x62\x61\x63kward_until\x18\x07 \x01(\r\x12\x19\n\x04mode\x18\x08 \x01(\x0e\x32\x0b.swarm.Mode\x12\x0c\n\x04step\x18\t \x01(\x04\x12\x13\n\x0b\x61\x63\x63umulated\x18\n \x03(\r\"\x98\x01\n\x04Push\x12\x1b\n\x05route\x18\x01 \x01(\x0b\x32\x0c.swarm.Route\x12\r\n\x05stage\x18\x02 \x01(\r\x12#\n\tdirection\x18\x03 \x01(\x0e\x32\x10.swarm.Direction\x12\r\n\x05\x63odec\x18\x04 \x01(\r\x12\r\n\x05shape\x18\x05 \x03(\r\x12\x0e\n\x06tokens\x18\x06 \x01(\x0c\x12\x11\n\tsequences\x18\x07 \x01(\r\"J\n\x06Resend\x12\x1b\n\x05route\x18\x01 \x01(\x0b\x32\x0c.swarm.Route\x12#\n\tdirection\x18\x02 \x01(\x0e\x32\x10.swarm.Direction\"=\n\x0cMicrobatches\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\xb4\x01\n\nHopRequest\x12\x1b\n\x04push\x18\x01 \x01(\x0b\x32\x0b.swarm.PushH\x00\x12\x1f\n\x06resend\x18\x02 \x01(\x0b\x32\r.swarm.ResendH\x00\x12%\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x13.swarm.MicrobatchesH\x00\x12&\n\x07release\x18\x04 \x01(\x0b\x32\x13.swarm.MicrobatchesH\x00\x12\x0e\n\x04ping\x18\x05 \x01(\x08H\x00\x42\t\n\x07request\"=\n\x0b\x41\x63\x63umulated\x12\x12\n\nmicrobatch\x18\x01 \x01(\x0c\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04loss\x18\x03 \x01(\x01\"b\n\x08HopReply\x12\x1d\n\x06status\x18\x01 \x01(\x0e\x32\r.swarm.Status\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\'\n\x0b\x61\x63\x63umulated\x18\x03 \x03(\x0b\x32\x12.swarm.Accumulated\",\n\tWatchPing\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06\x65\x63ho_s\x18\x02 \x01(\x01\"\xdd\x01\n\x05\x45vent\x12\x1e\n\x04kind\x18\x01 \x01(\x0e\x32\x10.swarm.EventKind\x12\x12\n\nmicrobatch\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12#\n\tdirection\x18\x07 \x01(\x0e\x32\x10.swarm.Direction\x12\x0e\n\x06target\x18\x08 \x01(\t\x12\x1d\n\x06status\x18\t \x01(\x0e\x32\r.swarm.Status\x12\x0e\n\x06reason\x18\n \x01(\t\">\n\tHeartbeat\x12\x11\n\tsent_at_s\x18\x01 \x01(\x01\x12\r\n\x05queue\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\",\n\x07Stepped\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x10\n\x08included\x18\x02 \x03(\t\"\x80\x01\n\nWatchFrame\x12%\n\theartbeat\x18\x01 \x01(\x0b\x32\x10.swarm.HeartbeatH\x00\x12\x1d\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x0c.swarm.EventH\x00\x12!\n\x07stepped\x18\x03 \x01(\x0b\x32\x0e.swarm.SteppedH\x00\x42\t\n\x07\x63ontent\"N\n\nStepReport\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x12\n\nstate_hash\x18\x03 \x01(\x0c\x12\x0e\n\x06\x66rozen\x18\x04 \x01(\x08\"$\n\x08StepDone\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x0c\n\x04lost\x18\x02 \x03(\t\"]\n\nFromMember\x12#\n\x06report\x18\x01 \x01(\x0b\x32\x11.swarm.StepReportH\x00\x12\x1f\n\x04\x64one\x18\x02 \x01(\x0b\x32\x0f.swarm.StepDoneH\x00\x42\t\n\x07\x63ontent\"*\n\nPlanMember\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"I\n\x08StepPlan\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\"\n\x07members\x18\x03 \x03(\x0b\x32\x11.swarm.PlanMember\"\x85\x01\n\x0f\x46romCoordinator\x12\x0f\n\x05\x61live\x18\x01 \x01(\x08H\x00\x12\x10\n\x06\x62\x65hind\x18\x02 \x01(\x04H\x00\x12\x11\n\x07\x64rifted\x18\x03 \x01(\x08H\x00\x12\x1f\n\x04plan\x18\x04 \x01(\x0b\x32\x0f.swarm.StepPlanH\x00\x12\x10\n\x06\x63ommit\x18\x05 \x01(\x08H\x00\x42\t\n\x07\x63ontent\"\x1e\n\x0eVerdictRequest\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\"!\n\x0cVerdictReply\x12\x11\n\tcommitted\x18\x01 \x01(\x08\"\x1d\n\x0cStateRequest\x12\r\n\x05stage\x18\x01 \x01(\r\"T\n\nStateOffer\x12\x11\n\tavailable\x18\x01 \x01(\x08\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\"\x17\n\x07Metrics\x12\x0c\n\x04json\x18\x01 \x01(\x0c*&\n\tDirection\x12\x0b\n\x07\x46ORWARD\x10\x00\x12\x0c\n\x08\x42\x41\x43KWARD\x10\x01*\x1f\n\x04Mode\x12\t\n\x05TRAIN\x10\x00\x12\x0c\n\x08\x45VALUATE\x10\x01*k\n\x06Status\x12\x0c\n\x08\x41\x43\x43\x45PTED\x10\x00\x12\r\n\tDUPLICATE\x10\x01\x12\x08\n\x04\x42USY\x10\x02\x12\t\n\x05STALE\x10\x03\x12\n\n\x06\x43LOSED\x10\x04\x12\x0c\n\x08REJECTED\x10\x05\x12\x0b\n\x07UNKNOWN\x10\x06\x12\x08\n\x04LINK\x10\x07*d\n\tEventKind\x12\r\n\tFORWARDED\x10\x00\x12\x0e\n\nBACKWARDED\x10\x01\x12\r\n\tEVALUATED\x10\x02\x12\x0f\n\x0bPUSH_FAILED\x10\x03\x12\x0b\n\x07\x44ROPPED\x10\x04\x12\x0b\n\x07\x41RRIVED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11swarm/swarm.proto\x12\x05swarm\"\xca\x01\n\x05Route\x12\x12\n\nmicrobatch\x18\x01 \x01(\x0c\x12\x0f\n\x07session\x18\x02 \x01(\x0c\x12\x0f\n\x07trainer\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\r\n\x05peers\x18\x05 \x03(\t\x12\x15\n\rforward_until\x18\x06 \x01(\r\x12\x16\n\x0e\x62\x61\x63kward_until\x18\x07 \x01(\r\x12\x19\n\x04mode\x18\x08 \x01(\x0e\x32\x0b.swarm.Mode\x12\x0c\n\x04step\x18\t \x01(\x04\x12\x13\n\x0b\x61\x63\x63umulated\x18\n \x03(\r\"\x98\x01\n\x04Push\x12\x1b\n\x05route\x18\x01 \x01(\x0b\x32\x0c.swarm.Route\x12\r\n\x05stage\x18\x02 \x01(\r\x12#\n\tdirection\x18\x03 \x01(\x0e\x32\x10.swarm.Direction\x12\r\n\x05\x63odec\x18\x04 \x01(\r\x12\r\n\x05shape\x18\x05 \x03(\r\x12\x0e\n\x06tokens\x18\x06 \x01(\x0c\x12\x11\n\tsequences\x18\x07 \x01(\r\"J\n\x06Resend\x12\x1b\n\x05route\x18\x01 \x01(\x0b\x32\x0c.swarm.Route\x12#\n\tdirection\x18\x02 \x01(\x0e\x32\x10.swarm.Direction\">\n\x0cMicrobatches\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\x12\x10\n\x08\x61ttempts\x18\x03 \x03(\r\"\xb4\x01\n\nHopRequest\x12\x1b\n\x04push\x18\x01 \x01(\x0b\x32\x0b.swarm.PushH\x00\x12\x1f\n\x06resend\x18\x02 \x01(\x0b\x32\r.swarm.ResendH\x00\x12%\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x13.swarm.MicrobatchesH\x00\x12&\n\x07release\x18\x04 \x01(\x0b\x32\x13.swarm.MicrobatchesH\x00\x12\x0e\n\x04ping\x18\x05 \x01(\x08H\x00\x42\t\n\x07request\"=\n\x0b\x41\x63\x63umulated\x12\x12\n\nmicrobatch\x18\x01 \x01(\x0c\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04loss\x18\x03 \x01(\x01\"b\n\x08HopReply\x12\x1d\n\x06status\x18\x01 \x01(\x0e\x32\r.swarm.Status\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\'\n\x0b\x61\x63\x63umulated\x18\x03 \x03(\x0b\x32\x12.swarm.Accumulated\",\n\tWatchPing\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06\x65\x63ho_s\x18\x02 \x01(\x01\"\xdd\x01\n\x05\x45vent\x12\x1e\n\x04kind\x18\x01 \x01(\x0e\x32\x10.swarm.EventKind\x12\x12\n\nmicrobatch\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12#\n\tdirection\x18\x07 \x01(\x0e\x32\x10.swarm.Direction\x12\x0e\n\x06target\x18\x08 \x01(\t\x12\x1d\n\x06status\x18\t \x01(\x0e\x32\r.swarm.Status\x12\x0e\n\x06reason\x18\n \x01(\t\">\n\tHeartbeat\x12\x11\n\tsent_at_s\x18\x01 \x01(\x01\x12\r\n\x05queue\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\",\n\x07Stepped\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x10\n\x08included\x18\x02 \x03(\t\"\x80\x01\n\nWatchFrame\x12%\n\theartbeat\x18\x01 \x01(\x0b\x32\x10.swarm.HeartbeatH\x00\x12\x1d\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x0c.swarm.EventH\x00\x12!\n\x07stepped\x18\x03 \x01(\x0b\x32\x0e.swarm.SteppedH\x00\x42\t\n\x07\x63ontent\"N\n\nStepReport\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x12\n\nstate_hash\x18\x03 \x01(\x0c\x12\x0e\n\x06\x66rozen\x18\x04 \x01(\x08\"$\n\x08StepDone\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x0c\n\x04lost\x18\x02 \x03(\t\"n\n\nFromMember\x12#\n\x06report\x18\x01 \x01(\x0b\x32\x11.swarm.StepReportH\x00\x12\x1f\n\x04\x64one\x18\x02 \x01(\x0b\x32\x0f.swarm.StepDoneH\x00\x12\x0f\n\x05\x61live\x18\x03 \x01(\x08H\x00\x42\t\n\x07\x63ontent\"*\n\nPlanMember\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"I\n\x08StepPlan\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\"\n\x07members\x18\x03 \x03(\x0b\x32\x11.swarm.PlanMember\"\x96\x01\n\x0f\x46romCoordinator\x12\x0f\n\x05\x61live\x18\x01 \x01(\x08H\x00\x12\x10\n\x06\x62\x65hind\x18\x02 \x01(\x04H\x00\x12\x11\n\x07\x64rifted\x18\x03 \x01(\x08H\x00\x12\x1f\n\x04plan\x18\x04 \x01(\x0b\x32\x0f.swarm.StepPlanH\x00\x12\x10\n\x06\x63ommit\x18\x05 \x01(\x08H\x00\x12\x0f\n\x05moved\x18\x06 \x01(\tH\x00\x42\t\n\x07\x63ontent\"\'\n\tStepQuery\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\x0c\n\x04step\x18\x02 \x01(\x04\"T\n\x08StepInfo\x12\x11\n\tcommitted\x18\x01 \x01(\x08\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x13\n\x0b\x63oordinator\x18\x03 \x01(\t\x12\x0f\n\x07reports\x18\x04 \x01(\r\"\x1d\n\x0cStateRequest\x12\r\n\x05stage\x18\x01 \x01(\r\"T\n\nStateOffer\x12\x11\n\tavailable\x18\x01 \x01(\x08\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\"\x17\n\x07Metrics\x12\x0c\n\x04json\x18\x01 \x01(\x0c*&\n\tDirection\x12\x0b\n\x07\x46ORWARD\x10\x00\x12\x0c\n\x08\x42\x41\x43KWARD\x10\x01*\x1f\n\x04Mode\x12\t\n\x05TRAIN\x10\x00\x12\x0c\n\x08\x45VALUATE\x10\x01*k\n\x06Status\x12\x0c\n\x08\x41\x43\x43\x45PTED\x10\x00\x12\r\n\tDUPLICATE\x10\x01\x12\x08\n\x04\x42USY\x10\x02\x12\t\n\x05STALE\x10\x03\x12\n\n\x06\x43LOSED\x10\x04\x12\x0c\n\x08REJECTED\x10\x05\x12\x0b\n\x07UNKNOWN\x10\x06\x12\x08\n\x04LINK\x10\x07*d\n\tEventKind\x12\r\n\tFORWARDED\x10\x00\x12\x0e\n\nBACKWARDED\x10\x01\x12\r\n\tEVALUATED\x10\x02\x12\x0f\n\x0bPUSH_FAILED\x10\x03\x12\x0b\n\x07\x44ROPPED\x10\x04\x12\x0b\n\x07\x41RRIVED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'swarm.swarm_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DIRECTION']._serialized_start=2061
-  _globals['_DIRECTION']._serialized_end=2099
-  _globals['_MODE']._serialized_start=2101
-  _globals['_MODE']._serialized_end=2132
-  _globals['_STATUS']._serialized_start=2134
-  _globals['_STATUS']._serialized_end=2241
-  _globals['_EVENTKIND']._serialized_start=2243
-  _globals['_EVENTKIND']._serialized_end=2343
+  _globals['_DIRECTION']._serialized_start=2156
+  _globals['_DIRECTION']._serialized_end=2194
+  _globals['_MODE']._serialized_start=2196
+  _globals['_MODE']._serialized_end=2227
+  _globals['_STATUS']._serialized_start=2229
+  _globals['_STATUS']._serialized_end=2336
+  _globals['_EVENTKIND']._serialized_start=2338
+  _globals['_EVENTKIND']._serialized_end=2438
   _globals['_ROUTE']._serialized_start=29
   _globals['_ROUTE']._serialized_end=231
   _globals['_PUSH']._serialized_start=234
@@ -46,43 +46,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESEND']._serialized_start=388
   _globals['_RESEND']._serialized_end=462
   _globals['_MICROBATCHES']._serialized_start=464
-  _globals['_MICROBATCHES']._serialized_end=525
-  _globals['_HOPREQUEST']._serialized_start=528
-  _globals['_HOPREQUEST']._serialized_end=708
-  _globals['_ACCUMULATED']._serialized_start=710
-  _globals['_ACCUMULATED']._serialized_end=771
-  _globals['_HOPREPLY']._serialized_start=773
-  _globals['_HOPREPLY']._serialized_end=871
-  _globals['_WATCHPING']._serialized_start=873
-  _globals['_WATCHPING']._serialized_end=917
-  _globals['_EVENT']._serialized_start=920
-  _globals['_EVENT']._serialized_end=1141
-  _globals['_HEARTBEAT']._serialized_start=1143
-  _globals['_HEARTBEAT']._serialized_end=1205
-  _globals['_STEPPED']._serialized_start=1207
-  _globals['_STEPPED']._serialized_end=1251
-  _globals['_WATCHFRAME']._serialized_start=1254
-  _globals['_WATCHFRAME']._serialized_end=1382
-  _globals['_STEPREPORT']._serialized_start=1384
-  _globals['_STEPREPORT']._serialized_end=1462
-  _globals['_STEPDONE']._serialized_start=1464
-  _globals['_STEPDONE']._serialized_end=1500
-  _globals['_FROMMEMBER']._serialized_start=1502
-  _globals['_FROMMEMBER']._serialized_end=1595
-  _globals['_PLANMEMBER']._serialized_start=1597
-  _globals['_PLANMEMBER']._serialized_end=1639
-  _globals['_STEPPLAN']._serialized_start=1641
-  _globals['_STEPPLAN']._serialized_end=1714
-  _globals['_FROMCOORDINATOR']._serialized_start=1717
-  _globals['_FROMCOORDINATOR']._serialized_end=1850
-  _globals['_VERDICTREQUEST']._serialized_start=1852
-  _globals['_VERDICTREQUEST']._serialized_end=1882
-  _globals['_VERDICTREPLY']._serialized_start=1884
-  _globals['_VERDICTREPLY']._serialized_end=1917
-  _globals['_STATEREQUEST']._serialized_start=1919
-  _globals['_STATEREQUEST']._serialized_end=1948
-  _globals['_STATEOFFER']._serialized_start=1950
-  _globals['_STATEOFFER']._serialized_end=2034
-  _globals['_METRICS']._serialized_start=2036
-  _globals['_METRICS']._serialized_end=2059
+  _globals['_MICROBATCHES']._serialized_end=526
+  _globals['_HOPREQUEST']._serialized_start=529
+  _globals['_HOPREQUEST']._serialized_end=709
+  _globals['_ACCUMULATED']._serialized_start=711
+  _globals['_ACCUMULATED']._serialized_end=772
+  _globals['_HOPREPLY']._serialized_start=774
+  _globals['_HOPREPLY']._serialized_end=872
+  _globals['_WATCHPING']._serialized_start=874
+  _globals['_WATCHPING']._serialized_end=918
+  _globals['_EVENT']._serialized_start=921
+  _globals['_EVENT']._serialized_end=1142
+  _globals['_HEARTBEAT']._serialized_start=1144
+  _globals['_HEARTBEAT']._serialized_end=1206
+  _globals['_STEPPED']._serialized_start=1208
+  _globals['_STEPPED']._serialized_end=1252
+  _globals['_WATCHFRAME']._serialized_start=1255
+  _globals['_WATCHFRAME']._serialized_end=1383
+  _globals['_STEPREPORT']._serialized_start=1385
+  _globals['_STEPREPORT']._serialized_end=1463
+  _globals['_STEPDONE']._serialized_start=1465
+  _globals['_STEPDONE']._serialized_end=1501
+  _globals['_FROMMEMBER']._serialized_start=1503
+  _globals['_FROMMEMBER']._serialized_end=1613
+  _globals['_PLANMEMBER']._serialized_start=1615
+  _globals['_PLANMEMBER']._serialized_end=1657
+  _globals['_STEPPLAN']._serialized_start=1659
+  _globals['_STEPPLAN']._serialized_end=1732
+  _globals['_FROMCOORDINATOR']._serialized_start=1735
+  _globals['_FROMCOORDINATOR']._serialized_end=1885
+  _globals['_STEPQUERY']._serialized_start=1887
+  _globals['_STEPQUERY']._serialized_end=1926
+  _globals['_STEPINFO']._serialized_start=1928
+  _globals['_STEPINFO']._serialized_end=2012
+  _globals['_STATEREQUEST']._serialized_start=2014
+  _globals['_STATEREQUEST']._serialized_end=2043
+  _globals['_STATEOFFER']._serialized_start=2045
+  _globals['_STATEOFFER']._serialized_end=2129
+  _globals['_METRICS']._serialized_start=2131
+  _globals['_METRICS']._serialized_end=2154
 # @@protoc_insertion_point(module_scope)

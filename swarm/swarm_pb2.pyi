@@ -106,14 +106,14 @@ class Resend(_message.Message):
     def __init__(self, route: _Optional[_Union[Route, _Mapping]] = ..., direction: _Optional[_Union[Direction, str]] = ...) -> None: ...
 
 class Microbatches(_message.Message):
-    __slots__ = ("session", "ids", "attempt")
+    __slots__ = ("session", "ids", "attempts")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     ids: _containers.RepeatedScalarFieldContainer[bytes]
-    attempt: int
-    def __init__(self, session: _Optional[bytes] = ..., ids: _Optional[_Iterable[bytes]] = ..., attempt: _Optional[int] = ...) -> None: ...
+    attempts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session: _Optional[bytes] = ..., ids: _Optional[_Iterable[bytes]] = ..., attempts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HopRequest(_message.Message):
     __slots__ = ("push", "resend", "cancel", "release", "ping")
@@ -230,12 +230,14 @@ class StepDone(_message.Message):
     def __init__(self, ok: _Optional[bool] = ..., lost: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FromMember(_message.Message):
-    __slots__ = ("report", "done")
+    __slots__ = ("report", "done", "alive")
     REPORT_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
     report: StepReport
     done: StepDone
-    def __init__(self, report: _Optional[_Union[StepReport, _Mapping]] = ..., done: _Optional[_Union[StepDone, _Mapping]] = ...) -> None: ...
+    alive: bool
+    def __init__(self, report: _Optional[_Union[StepReport, _Mapping]] = ..., done: _Optional[_Union[StepDone, _Mapping]] = ..., alive: _Optional[bool] = ...) -> None: ...
 
 class PlanMember(_message.Message):
     __slots__ = ("peer", "weight")
@@ -256,30 +258,40 @@ class StepPlan(_message.Message):
     def __init__(self, key: _Optional[bytes] = ..., step: _Optional[int] = ..., members: _Optional[_Iterable[_Union[PlanMember, _Mapping]]] = ...) -> None: ...
 
 class FromCoordinator(_message.Message):
-    __slots__ = ("alive", "behind", "drifted", "plan", "commit")
+    __slots__ = ("alive", "behind", "drifted", "plan", "commit", "moved")
     ALIVE_FIELD_NUMBER: _ClassVar[int]
     BEHIND_FIELD_NUMBER: _ClassVar[int]
     DRIFTED_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
     alive: bool
     behind: int
     drifted: bool
     plan: StepPlan
     commit: bool
-    def __init__(self, alive: _Optional[bool] = ..., behind: _Optional[int] = ..., drifted: _Optional[bool] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., commit: _Optional[bool] = ...) -> None: ...
+    moved: str
+    def __init__(self, alive: _Optional[bool] = ..., behind: _Optional[int] = ..., drifted: _Optional[bool] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., commit: _Optional[bool] = ..., moved: _Optional[str] = ...) -> None: ...
 
-class VerdictRequest(_message.Message):
-    __slots__ = ("plan",)
+class StepQuery(_message.Message):
+    __slots__ = ("plan", "step")
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     plan: bytes
-    def __init__(self, plan: _Optional[bytes] = ...) -> None: ...
+    step: int
+    def __init__(self, plan: _Optional[bytes] = ..., step: _Optional[int] = ...) -> None: ...
 
-class VerdictReply(_message.Message):
-    __slots__ = ("committed",)
+class StepInfo(_message.Message):
+    __slots__ = ("committed", "version", "coordinator", "reports")
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_FIELD_NUMBER: _ClassVar[int]
+    REPORTS_FIELD_NUMBER: _ClassVar[int]
     committed: bool
-    def __init__(self, committed: _Optional[bool] = ...) -> None: ...
+    version: int
+    coordinator: str
+    reports: int
+    def __init__(self, committed: _Optional[bool] = ..., version: _Optional[int] = ..., coordinator: _Optional[str] = ..., reports: _Optional[int] = ...) -> None: ...
 
 class StateRequest(_message.Message):
     __slots__ = ("stage",)

@@ -38,7 +38,7 @@ class Session:
     lease_until_s: float
     events: deque[bytes] = field(default_factory=deque)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    streams: int = 0
+    open: list[Stream] = field(default_factory=list)
     goodbye: bool = False
 
     def say(self, frame: bytes) -> None:
@@ -96,7 +96,7 @@ class Watchers:
         if session is None:
             lease_s = self._clock() + self._settings.lease_s
             session = self._sessions[name] = Session(stream.remote, ping.session, lease_s)
-        session.streams += 1
+        session.open.append(stream)
         try:
             async with asyncio.TaskGroup() as tasks:
                 speaking = tasks.create_task(self._speak(stream, session))
@@ -104,7 +104,7 @@ class Watchers:
         except* LinkError:
             stream.abort()
         finally:
-            session.streams -= 1
+            session.open.remove(stream)
             self._expire(session)
 
     async def _ping(self, stream: Stream) -> pb.WatchPing | None:
@@ -119,14 +119,15 @@ class Watchers:
         loop = asyncio.get_running_loop()
         next_beat_s = loop.time()
         while not session.goodbye:
+            while session.events:
+                await stream.send(session.events[0])
+                session.events.popleft()
+            # After the events: a heartbeat's version must not overtake what happened before it.
             if loop.time() >= next_beat_s:
                 queue, version = self._status()
                 beat = pb.Heartbeat(sent_at_s=self._clock(), queue=queue, version=version)
                 await stream.send(pb.WatchFrame(heartbeat=beat).SerializeToString())
                 next_beat_s = loop.time() + self._settings.heartbeat_s
-            while session.events:
-                await stream.send(session.events[0])
-                session.events.popleft()
             session.changed.clear()
             try:
                 async with asyncio.timeout(max(0.0, next_beat_s - loop.time())):
@@ -144,10 +145,20 @@ class Watchers:
         session.goodbye = True
         speaking.cancel()
 
+    async def say_goodbye(self) -> None:
+        """Tell every trainer that watches that this peer leaves."""
+        for session in list(self._sessions.values()):
+            for stream in list(session.open):
+                try:
+                    async with asyncio.timeout(1):
+                        await stream.finish()
+                except (LinkError, TimeoutError):
+                    stream.abort()
+
     def _expire(self, session: Session) -> None:
         """End the session if nobody watches and its lease is over; look again when it will be."""
         name = (session.trainer, session.key)
-        if session.streams or self._sessions.get(name) is not session:
+        if session.open or self._sessions.get(name) is not session:
             return
         left_s = session.lease_until_s - self._clock()
         if session.goodbye or left_s <= 0:

@@ -73,7 +73,9 @@ def documents(data: DataConfig, *, validation: bool, seed: int, forever: bool) -
     dataset = _dataset(data, validation)
     passes = 0
     while True:
-        shuffled = dataset if validation else dataset.shuffle(seed + passes, buffer_size=data.shuffle_documents)
+        shuffled = (
+            dataset if validation else dataset.shuffle(seed + passes, buffer_size=data.shuffle_documents)
+        )
         found = 0
         for row in shuffled:
             text = row.get(data.field)
@@ -154,9 +156,7 @@ def training_microbatches(
 ) -> Iterator[torch.Tensor]:
     """Endless [B, T + 1] microbatches of training text, different for every trainer number."""
     texts = documents(data, validation=False, seed=training.seed + 7919 * trainer, forever=True)
-    return microbatches(
-        sequences(texts, tokenizer, training.sequence_tokens), training.microbatch_sequences
-    )
+    return microbatches(sequences(texts, tokenizer, training.sequence_tokens), training.microbatch_sequences)
 
 
 def evaluation_microbatches(

@@ -133,8 +133,7 @@ class Resend:
 @dataclass(frozen=True, slots=True)
 class Cancel:
     peer: PeerId
-    microbatches: tuple[bytes, ...]
-    attempt: int
+    microbatches: tuple[tuple[bytes, int], ...]  # (id, attempt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +213,7 @@ class Flight:
     counted: bool = False  # completed at least once
     rejections: int = 0
     avoid: set[PeerId] = field(default_factory=set)
+    not_before_s: float = 0.0  # no new route sooner
     retries: list[tuple[float, Resend | PushTokens, int]] = field(default_factory=list)
     touched: set[PeerId] = field(default_factory=set)  # peers that may hold something of it
 
@@ -251,6 +251,10 @@ class Ledger:
     def unsettled(self) -> int:
         """Microbatches whose gradients are not all in applied steps."""
         return len(self._flights)
+
+    def is_settled(self, microbatch: bytes) -> bool:
+        """Whether nothing of an issued microbatch is left to do."""
+        return microbatch not in self._flights
 
     def floor(self, stage: int) -> int:
         """The version that every live peer of `stage` has reached (0 without peers)."""
@@ -344,13 +348,12 @@ class Ledger:
         return commands + self._settle(stage, now_s)
 
     def _cancel_hops(self, peer: PeerId) -> list[Command]:
-        ids = []
+        cancelled = []
         for flight, _, hop in self._hops(peer):
             if hop.phase < Phase.ACCUMULATED:
                 hop.cancelling = True
-                ids.append(flight.id)
-        attempt = max((self._flights[i].attempt for i in ids), default=0)
-        return [Cancel(peer, tuple(ids), attempt)] if ids else []
+                cancelled.append((flight.id, flight.attempt))
+        return [Cancel(peer, tuple(cancelled))] if cancelled else []
 
     # what peers say of a hop
 
@@ -393,6 +396,8 @@ class Ledger:
     def _accumulated(self, flight: Flight, stage: int, step: int, loss: float, now_s: float) -> list[Command]:
         hop = flight.hops[stage]
         if hop.phase >= Phase.ACCUMULATED:
+            if hop.accumulated_by == hop.peer:
+                hop.step = max(hop.step, step)  # its peer fell behind and counts it in a later step
             return []
         hop.phase, hop.step, hop.cancelling, hop.due_s = Phase.ACCUMULATED, step, False, None
         hop.accumulated_by = hop.peer
@@ -425,7 +430,17 @@ class Ledger:
     def _dropped(self, flight: Flight, stage: int, event: HopEvent, now_s: float) -> list[Command]:
         if event.status == pb.CLOSED:  # strict: the step was closed with this microbatch in it
             return self._in_closed_step(flight, stage, now_s)
-        return self._again(flight, stage, event.peer, event.reason, now_s)
+        hop = flight.hops[stage]
+        if hop.phase < Phase.ACCUMULATED:
+            return self._again(flight, stage, event.peer, event.reason, now_s)
+        if hop.phase is Phase.SETTLED or hop.accumulated_by != event.peer:
+            return []
+        if self._retain or not flight.completed:  # it gave up the gradient it had accumulated
+            flight.completed = False
+            return self._reroute(flight, {stage}, now_s)
+        self.counters["lost"] += 1
+        hop.phase = Phase.SETTLED
+        return self._finish_if_settled(flight)
 
     def _in_closed_step(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
         commands = self._accumulated(flight, stage, flight.step, flight.loss, now_s)
@@ -441,7 +456,7 @@ class Ledger:
         if flight.rejections > MAX_REJECTIONS:
             del self._flights[flight.id]
             self.counters["lost"] += not flight.evaluate
-            commands = [Cancel(p, (flight.id,), flight.attempt) for p in sorted(flight.touched)]
+            commands = [Cancel(p, ((flight.id, flight.attempt),)) for p in sorted(flight.touched)]
             return [*commands, Abandoned(flight.id, flight.evaluate, reason)]
         return self._reroute(flight, {stage}, now_s)
 
@@ -467,8 +482,8 @@ class Ledger:
         if event.status == pb.LINK:
             self._wirings[next_stage].ban_link(event.peer, event.target, now_s)
             target.cancelling = True
-            return [Cancel(event.target, (flight.id,), flight.attempt)]
-        return self._reroute(flight, {next_stage}, now_s)  # STALE: it does not hold it
+            return [Cancel(event.target, ((flight.id, flight.attempt),))]
+        return self._refused(flight, next_stage, now_s)  # STALE: it does not hold it
 
     def _busy(self, flight: Flight, stage: int, again: Resend | PushTokens, now_s: float) -> list[Command]:
         """The peer of `stage` has no room: take another one, or try again a little later."""
@@ -481,6 +496,15 @@ class Ledger:
         flight.avoid.clear()
         flight.retries.append((now_s + RETRY_S, again, flight.attempt))
         return []
+
+    def _refused(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
+        """The peer of `stage` does not know us or has withdrawn this attempt: make a new one."""
+        peer = flight.hops[stage].peer
+        assert peer is not None
+        if peer in flight.avoid:  # and nobody else was there
+            flight.not_before_s = now_s + RETRY_S
+        flight.avoid.add(peer)
+        return self._reroute(flight, {stage}, now_s)
 
     def _answered(self, event: Answered, now_s: float) -> list[Command]:
         flight = self._flights.get(event.microbatch)
@@ -502,8 +526,10 @@ class Ledger:
             return self._busy(flight, 0, self._push_tokens(flight), now_s)
         if event.status == pb.LINK:
             hop.cancelling = True
-            return [Cancel(event.peer, (flight.id,), flight.attempt)]
-        return self._again(flight, 0, event.peer, "the first peer refused the token ids", now_s)
+            return [Cancel(event.peer, ((flight.id, flight.attempt),))]
+        if event.status == pb.REJECTED:
+            return self._again(flight, 0, event.peer, "the first peer refused the token ids", now_s)
+        return self._refused(flight, 0, now_s)
 
     def _cancel_answered(self, event: CancelAnswered, now_s: float) -> list[Command]:
         commands: list[Command] = []
@@ -541,7 +567,7 @@ class Ledger:
         `suppliers` are stages that are done but whose tensors a neighbour needs again.
         """
         placing = self._with_suppliers(flight, flight.unplaced | suppliers)
-        if any(not len(self._wirings[stage]) for stage in placing):
+        if now_s < flight.not_before_s or any(not len(self._wirings[stage]) for stage in placing):
             return []
         first = not flight.routed
         for stage in sorted(placing):
@@ -698,8 +724,7 @@ class Ledger:
                 for flight in flights:  # in the prototype a timeout teaches the wiring nothing
                     self._wirings[served].observe(peer, flight.token_count, 2 * self._hop_deadline_s)
                     flight.avoid.add(peer)
-            attempt = max(flight.attempt for flight in flights)
-            commands.append(Cancel(peer, tuple(flight.id for flight in flights), attempt))
+            commands.append(Cancel(peer, tuple((flight.id, flight.attempt) for flight in flights)))
         return commands
 
     # bookkeeping

@@ -1,0 +1,342 @@
+"""The coordinator's side of a step: collect reports, decide, hand out the plan, collect the verdict.
+
+Every peer is ready to coordinate: whoever reports to it opens a ballot for that step. A ballot closes
+when `averaging.plan.decide` says so; then all reporters get the plan on the stream they reported on, and
+the same streams carry back who holds the whole mean. Only if all do, the verdict is to commit: nobody
+steps alone. A reporter whose state differs from the majority's is told to fetch the state anew.
+
+Peers that should report but do not are asked where they are: one that does not answer is not waited for,
+one that has gone ahead shows that this stage has moved on, and when two coordinators collect for the
+same step the one with fewer reports sends its reporters to the other.
+
+I/O: one event loop. Design section 6.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from google.protobuf.message import DecodeError
+
+from averaging.errors import LinkError, ProtocolError
+from averaging.network import Buffer, Calls, Frame, Network, PeerId, Stream, answer
+from averaging.plan import Decision, Plan, Report, decide, majority_hash, make_plan
+from swarm import swarm_pb2 as pb
+from swarm.config import RunConfig
+
+STEP_SERVICE, QUERY_SERVICE = "step", "step-query"
+ALIVE_S = 1.0
+OPEN_BALLOTS = 8
+REMEMBERED_PLANS = 256
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Ballot:
+    """What one coordinator has heard for one step."""
+
+    step: int
+    reports: dict[PeerId, Report] = field(default_factory=dict)
+    streams: dict[PeerId, Stream] = field(default_factory=dict)
+    reached_s: float | None = None  # when the target was reached
+    plan: Plan | None = None
+    holds: dict[PeerId, bool] = field(default_factory=dict)  # who has the whole mean, who has not
+    lost: set[PeerId] = field(default_factory=set)
+    ended: bool = False
+    reason: str = ""
+
+
+class Coordinator:
+    """Closes steps for whoever reports to this peer, itself included."""
+
+    def __init__(
+        self,
+        *,
+        network: Network,
+        config: RunConfig,
+        version: Callable[[], int],
+        expected: Callable[[], Collection[PeerId]],
+        reporting_to: Callable[[], PeerId],
+        suspect: Callable[[PeerId], None],
+    ) -> None:
+        """`expected` are the live peers of the stage; `reporting_to` is this peer's own coordinator."""
+        self._network, self._config = network, config
+        self._version, self._expected = version, expected
+        self._reporting_to, self._suspect = reporting_to, suspect
+        self._deadline_s = config.averaging.progress_deadline_s
+        self._ballots: list[Ballot] = []
+        self._committed: dict[bytes, None] = {}
+        self._abandoned: dict[bytes, None] = {}
+        self._queries = Calls(network, QUERY_SERVICE, deadline_s=min(2.0, self._deadline_s))
+
+    async def start(self) -> None:
+        async def serve_queries(stream: Stream) -> None:
+            await answer(stream, self._answer_query)
+
+        await self._network.serve(STEP_SERVICE, self._attend)
+        await self._network.serve(QUERY_SERVICE, serve_queries)
+
+    def close(self) -> None:
+        self._queries.close()
+
+    # one reporter
+
+    async def _attend(self, stream: Stream) -> None:
+        """Serve one reporter from its first report to the verdict."""
+        peer = stream.remote
+        ballot: Ballot | None = None
+        beat: asyncio.Task[None] | None = None
+        try:
+            report = await self._receive(stream)
+            if report is None or report.WhichOneof("content") != "report":
+                raise ProtocolError(peer, "does not begin with a report")
+            step = report.report.step
+            if step < self._version():
+                return await self._say(stream, pb.FromCoordinator(behind=self._version()))
+            ballot = self._ballot(step)
+            ballot.streams[peer] = stream
+            beat = asyncio.create_task(self._beat(stream, ballot))
+            while not ballot.ended:
+                if report is not None:
+                    self._take(ballot, peer, report)
+                elif ballot.plan is not None and peer not in ballot.holds:
+                    raise LinkError(peer, f"silent for {self._deadline_s:.1f} s while averaging")
+                report = await self._receive(stream)
+        except (LinkError, ProtocolError) as error:
+            log.debug("a reporter left: %s", error)
+            stream.abort()
+        finally:
+            if beat is not None:
+                beat.cancel()
+            if ballot is not None and ballot.streams.get(peer) is stream:
+                self._leave(ballot, peer)
+
+    async def _receive(self, stream: Stream) -> pb.FromMember | None:
+        """The next message; None after a deadline without one: reports come only when there is news."""
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                frame = await stream.receive()
+        except TimeoutError:
+            return None
+        if frame is None:
+            raise LinkError(stream.remote, "is done here")
+        try:
+            return pb.FromMember.FromString(frame.header)
+        except DecodeError:
+            raise ProtocolError(stream.remote, "malformed report") from None
+
+    def _take(self, ballot: Ballot, peer: PeerId, message: pb.FromMember) -> None:
+        kind = message.WhichOneof("content")
+        if kind == "report" and ballot.plan is None:
+            report = message.report
+            cap = 4.0 * self._config.training.target_batch_tokens
+            if report.step != ballot.step or not 0 <= report.weight <= cap or len(report.state_hash) != 8:
+                raise ProtocolError(peer, f"report of weight {report.weight} for step {report.step}")
+            ballot.reports[peer] = Report(report.weight, report.state_hash, report.frozen)
+            self.consider(ballot)
+        elif kind == "done" and ballot.plan is not None:
+            ballot.holds[peer] = message.done.ok
+            ballot.lost.update(p for p in message.done.lost[:64] if p in ballot.plan and p != peer)
+            self._finish(ballot)
+
+    def _leave(self, ballot: Ballot, peer: PeerId) -> None:
+        ballot.streams.pop(peer, None)
+        if ballot.plan is None:
+            ballot.reports.pop(peer, None)
+            if not ballot.streams and ballot in self._ballots:
+                self._ballots.remove(ballot)
+        elif not ballot.ended:
+            ballot.holds[peer] = False
+            self._suspect(peer)
+            self._finish(ballot)
+
+    async def _beat(self, stream: Stream, ballot: Ballot) -> None:
+        """Tell the reporter that this coordinator lives; look after a ballot that does not close."""
+        alive = pb.FromCoordinator(alive=True).SerializeToString()
+        try:
+            while True:
+                await stream.send(alive)
+                await asyncio.sleep(ALIVE_S)
+                if stream.remote == self._network.peer_id and ballot.plan is None:
+                    await self._look_for(ballot)
+        except LinkError:
+            stream.abort()
+
+    # the decision
+
+    def _ballot(self, step: int) -> Ballot:
+        for ballot in self._ballots:
+            if ballot.step == step and ballot.plan is None:
+                return ballot
+        if len(self._ballots) >= OPEN_BALLOTS:
+            oldest = self._ballots.pop(0)
+            for stream in oldest.streams.values():
+                stream.abort()
+        self._ballots.append(ballot := Ballot(step))
+        return ballot
+
+    def consider(self, ballot: Ballot) -> Decision:
+        """Close the ballot if it is time."""
+        loop = asyncio.get_running_loop()
+        target = float(self._config.training.target_batch_tokens)
+        strict = self._config.training.strict
+        enough = sum(report.weight for report in ballot.reports.values()) >= target
+        redo = not strict and any(report.frozen for report in ballot.reports.values())
+        if (enough or redo) and ballot.reached_s is None:
+            ballot.reached_s = loop.time()
+            grace_s = self._config.averaging.grace_s
+            loop.call_later(grace_s + 0.001, self._reconsider, ballot)
+        decision = decide(
+            ballot.reports,
+            target=target,
+            expected=self._expected(),
+            waited_s=0.0 if ballot.reached_s is None else loop.time() - ballot.reached_s,
+            grace_s=self._config.averaging.grace_s,
+            all_or_nothing=strict,
+        )
+        if decision.reason != ballot.reason:
+            ballot.reason = decision.reason
+            log.debug("step %d: %s", ballot.step, decision.reason)
+        if decision.close and not self._send_drifted_away(ballot):
+            self._close(ballot)
+        return decision
+
+    def _reconsider(self, ballot: Ballot) -> None:
+        if ballot.plan is None and ballot in self._ballots:
+            self.consider(ballot)
+
+    def _send_drifted_away(self, ballot: Ballot) -> bool:
+        """Reporters whose state is not the majority's must fetch it before they can average."""
+        majority = majority_hash({peer: report.state_hash for peer, report in ballot.reports.items()})
+        drifted = [p for p, r in ballot.reports.items() if r.state_hash != majority]
+        for peer in drifted:
+            log.warning("step %d: %s holds another state than the majority", ballot.step, peer[-8:])
+            del ballot.reports[peer]
+            self._say_soon(ballot.streams.pop(peer), pb.FromCoordinator(drifted=True))
+        return bool(drifted)
+
+    def _close(self, ballot: Ballot) -> None:
+        plan = make_plan(
+            step=ballot.step,
+            coordinator=self._network.peer_id,
+            reports=ballot.reports,
+            nonce=secrets.token_bytes(16),
+        )
+        ballot.plan = plan
+        members = [pb.PlanMember(peer=m.peer, weight=m.weight) for m in plan.members]
+        message = pb.FromCoordinator(plan=pb.StepPlan(key=plan.key, step=plan.step, members=members))
+        for stream in ballot.streams.values():
+            self._say_soon(stream, message)
+
+    def _finish(self, ballot: Ballot) -> None:
+        """Speak the verdict once it is known: commit if everybody holds the mean, else abandon."""
+        assert ballot.plan is not None
+        members = [member.peer for member in ballot.plan.members]
+        failed = any(ballot.holds.get(peer) is False for peer in members)
+        complete = all(ballot.holds.get(peer) for peer in members)
+        if ballot.ended or not (failed or complete):
+            return
+        commit = complete and not self.is_abandoned(ballot.plan.key)
+        if not commit:
+            self.abandon(ballot.plan.key)
+        ballot.ended = True
+        self._ballots.remove(ballot)
+        for stream in ballot.streams.values():
+            self._say_soon(stream, pb.FromCoordinator(commit=commit))
+
+    def step_closed(self, version: int) -> None:
+        """This peer has reached `version`: whoever still reports for an earlier step is behind."""
+        for ballot in [b for b in self._ballots if b.step < version and b.plan is None]:
+            self._ballots.remove(ballot)
+            for stream in ballot.streams.values():
+                self._say_soon(stream, pb.FromCoordinator(behind=version))
+
+    # where is everybody?
+
+    async def _look_for(self, ballot: Ballot) -> None:
+        """Ask live peers that have not reported here where they are."""
+        for peer in [p for p in self._expected() if p not in ballot.reports]:
+            try:
+                info = await self.query(peer, pb.StepQuery(step=ballot.step))
+                if info.version > ballot.step:
+                    return self._send_all(ballot, pb.FromCoordinator(behind=info.version))
+                rival = info.coordinator
+                if rival not in ("", self._network.peer_id):
+                    theirs = (
+                        info if rival == peer else await self.query(rival, pb.StepQuery(step=ballot.step))
+                    )
+                    mine = len(ballot.reports)
+                    if ballot.plan is None and (
+                        theirs.reports > mine or (theirs.reports == mine and rival < self._network.peer_id)
+                    ):
+                        return self._send_all(ballot, pb.FromCoordinator(moved=rival))
+            except LinkError:
+                self._suspect(peer)
+
+    def _send_all(self, ballot: Ballot, message: pb.FromCoordinator) -> None:
+        if ballot.plan is None and ballot in self._ballots:
+            self._ballots.remove(ballot)
+            for stream in ballot.streams.values():
+                self._say_soon(stream, message)
+
+    async def query(self, peer: PeerId, query: pb.StepQuery) -> pb.StepInfo:
+        """Ask another peer about a plan or a step. Raises LinkError."""
+        frame = await self._queries.call(peer, query.SerializeToString())
+        try:
+            return pb.StepInfo.FromString(frame.header)
+        except DecodeError:
+            raise LinkError(peer, "malformed answer to a step query") from None
+
+    async def _answer_query(self, sender: PeerId, frame: Frame) -> tuple[bytes, Buffer]:
+        try:
+            query = pb.StepQuery.FromString(frame.header)
+        except DecodeError:
+            raise LinkError(sender, "malformed step query") from None
+        info = pb.StepInfo(version=self._version(), coordinator=self._reporting_to())
+        if query.plan:
+            info.committed = query.plan in self._committed
+            if not info.committed:
+                self.abandon(query.plan)
+        else:
+            info.reports = max((len(b.reports) for b in self._ballots if b.step == query.step), default=0)
+        return info.SerializeToString(), b""
+
+    # verdicts
+
+    def commit(self, plan: bytes) -> bool:
+        """Commit to `plan` unless this peer has promised not to."""
+        if plan in self._abandoned:
+            return False
+        _remember(self._committed, plan)
+        return True
+
+    def learn_committed(self, plan: bytes) -> None:
+        """Another member has committed to `plan`: so does this one, whatever it had promised."""
+        _remember(self._committed, plan)
+
+    def abandon(self, plan: bytes) -> None:
+        """Promise never to commit `plan`; no-op if that was done already."""
+        if plan not in self._committed:
+            _remember(self._abandoned, plan)
+
+    def is_abandoned(self, plan: bytes) -> bool:
+        return plan in self._abandoned
+
+    def _say_soon(self, stream: Stream, message: pb.FromCoordinator) -> None:
+        task = asyncio.create_task(self._say(stream, message))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _say(self, stream: Stream, message: pb.FromCoordinator) -> None:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await stream.send(message.SerializeToString())
+        except (LinkError, TimeoutError):
+            stream.abort()
+
+
+def _remember(memory: dict[bytes, None], key: bytes) -> None:
+    memory[key] = None
+    while len(memory) > REMEMBERED_PLANS:
+        del memory[next(iter(memory))]

@@ -1,0 +1,158 @@
+"""The directory on hivemind's DHT: signed, validated, expiring records; and the run's manifest.
+
+`DHTNode` lives in our own event loop (hivemind's `DHT` forks and is not used). Every record's subkey
+carries its owner's public key, so DHT peers refuse what the owner has not signed.
+
+I/O: one event loop; every call has a deadline.
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hivemind.dht.crypto import RSASignatureValidator
+from hivemind.dht.node import DHTNode
+from hivemind.p2p import P2P
+from hivemind.proto import crypto_pb2
+from hivemind.utils.crypto import RSAPrivateKey
+from hivemind.utils.timed_storage import get_dht_time
+
+from averaging.errors import LinkError
+from averaging.network import PeerId
+from swarm.errors import NoAnswerError, RejectedError, RunMismatchError, UserError
+from swarm.manifest import Manifest, parse_manifest
+from swarm.records import PeerRecord, parse_record, peer_id_of
+
+RUN_KEY = "swarm/run"
+MANIFEST_EXPIRE_S = 24 * 3600.0
+CALL_S = 10.0
+JOIN_S = 30.0
+_OWNER = re.compile(re.escape(RSASignatureValidator.PUBLIC_KEY_FORMAT).replace(b"_key_", b"(.+?)"))
+log = logging.getLogger(__name__)
+
+
+def make_identity(path: Path) -> RSAPrivateKey:
+    """Load the libp2p identity at `path`, or make one there. Raises UserError if it is not one."""
+    if path.exists():
+        try:
+            data = crypto_pb2.PrivateKey.FromString(path.read_bytes()).data
+            key = RSAPrivateKey.__new__(RSAPrivateKey)
+            key.__setstate__({"_private_key": data})
+            return key
+        except Exception as error:  # whatever the parsers make of a wrong file
+            raise UserError(f"--identity {path} is not an identity file: {error}") from None
+    key = RSAPrivateKey()
+    message = crypto_pb2.PrivateKey(key_type=crypto_pb2.KeyType.RSA, data=key.to_bytes())
+    path.touch(mode=0o600)
+    path.write_bytes(message.SerializeToString())
+    return key
+
+
+class HivemindDirectory:
+    """Satisfies `swarm.directory.Directory`."""
+
+    def __init__(self, node: DHTNode, validator: RSASignatureValidator, expire_s: float) -> None:
+        self._node, self._owner_tag, self._expire_s = node, validator.local_public_key, expire_s
+        self.run = ""  # set once the manifest is known; part of every key
+        self._own: set[tuple[int, PeerId]] = set()
+
+    @classmethod
+    async def join(
+        cls, p2p: P2P, key: RSAPrivateKey, peers: Sequence[str], *, expire_s: float = 12.0
+    ) -> "HivemindDirectory":
+        """Enter the DHT through `peers`, or start one. Raises UserError with one clear line."""
+        validator = RSASignatureValidator(key)
+        try:
+            async with asyncio.timeout(JOIN_S):
+                node = await DHTNode.create(
+                    p2p=p2p, initial_peers=list(peers) or None, record_validator=validator, num_workers=4
+                )
+        except TimeoutError:
+            raise NoAnswerError(f"no answer from {', '.join(peers)} within {JOIN_S:.0f} s") from None
+        except Exception as error:  # the engine raises bare types; all of them mean that joining failed
+            text = str(error)
+            if "clock" in text.lower() or "time" in text.lower() and "sync" in text.lower():
+                raise UserError(
+                    "this machine's clock differs from the swarm's by more than 3 s: synchronise it (NTP)"
+                ) from None
+            raise NoAnswerError(f"cannot join through {', '.join(peers)}: {text}") from None
+        return cls(node, validator, expire_s)
+
+    async def publish_manifest(self, data: bytes) -> None:
+        """Announce the run; it outlives the organizer by a day."""
+        await self._store(RUN_KEY, data, MANIFEST_EXPIRE_S)
+
+    async def manifest(self, organizer: PeerId | None = None) -> Manifest:
+        """The run that is announced here. Raises RunMismatchError if there is none, or several."""
+        found = {
+            owner: value
+            for owner, value in await self._load(RUN_KEY)
+            if organizer is None or owner == organizer
+        }
+        if not found:
+            raise RunMismatchError("no run is announced at this address: ask the organizer for the command")
+        if len(found) > 1:
+            raise RunMismatchError(f"{len(found)} runs are announced here; each needs an address of its own")
+        owner, value = next(iter(found.items()))
+        manifest = parse_manifest(value, organizer=owner)
+        self.run = manifest.run
+        self._expire_s = manifest.config.network.expire_s
+        return manifest
+
+    async def announce(self, record: PeerRecord) -> None:
+        await self._store(self._key(record.stage), record.pack(), self._expire_s)
+
+    async def withdraw(self, record: PeerRecord) -> None:
+        # An empty value with a later expiration replaces the record; readers reject it.
+        await self._store(self._key(record.stage), b"", self._expire_s + 1)
+
+    async def roster(self, stage: int) -> list[PeerRecord]:
+        records = []
+        for owner, value in await self._load(self._key(stage)):
+            if value == b"":
+                continue
+            try:
+                records.append(parse_record(value, owner=owner))
+            except RejectedError as error:
+                log.warning("ignored a record %s", error)
+        return [record for record in records if record.stage == stage]
+
+    def _key(self, stage: int) -> str:
+        return f"swarm/{self.run}/stage/{stage}"
+
+    async def _store(self, key: str, value: bytes, lifetime_s: float) -> None:
+        try:
+            async with asyncio.timeout(CALL_S):
+                stored = await self._node.store(
+                    key, value, get_dht_time() + lifetime_s, subkey=self._owner_tag
+                )
+        except TimeoutError:
+            raise LinkError("dht", f"{key} could not be stored within {CALL_S:.0f} s") from None
+        if not stored:
+            log.warning("the DHT refused %s", key)
+
+    async def _load(self, key: str) -> list[tuple[PeerId, Any]]:
+        """(owner, value) of every signed subkey; the engine has checked the signatures."""
+        try:
+            async with asyncio.timeout(CALL_S):
+                found = await self._node.get(key, latest=True)
+        except TimeoutError:
+            raise LinkError("dht", f"{key} could not be read within {CALL_S:.0f} s") from None
+        entries: list[tuple[PeerId, Any]] = []
+        if found is None or not hasattr(found.value, "items"):
+            return entries
+        for subkey, entry in found.value.items():
+            match = _OWNER.search(subkey) if isinstance(subkey, bytes) else None
+            if match is None:
+                continue
+            try:
+                entries.append((peer_id_of(match.group(1)), entry.value))
+            except RejectedError as error:
+                log.warning("ignored a record %s", error)
+        return entries
+
+    async def close(self) -> None:
+        await self._node.shutdown()

@@ -1,0 +1,194 @@
+"""One peer: joins a stage, serves its hops, takes part in its steps, leaves.
+
+    build the stage from the run's seed
+    load the state of a living peer of the stage, if there is one
+    announce; from now on, side by side:
+        serve hops, watch streams, state and averaging     (handlers on the network)
+        close one step after the other                     (`Updater.run`)
+        announce again, read the roster                    (`_announce`)
+    leave: withdraw the record, refuse new hops, say goodbye to the trainers
+
+I/O: everything on one event loop but torch, which the compute thread owns. The same class runs in virtual
+time on the in-memory twins.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from averaging.errors import LinkError
+from averaging.network import Network, PeerId
+from swarm.compute import Compute, Priority
+from swarm.config import RunConfig
+from swarm.directory import Directory
+from swarm.errors import UserError
+from swarm.model import build_stage
+from swarm.records import PeerRecord
+from swarm.server import HopServer
+from swarm.stage import Stage
+from swarm.state import StateServer, fetch_state
+from swarm.update import StepDone, Updater
+
+REFETCH_PAUSE_S = 0.2
+log = logging.getLogger(__name__)
+
+
+class Peer:
+    """Serves one stage of one run."""
+
+    def __init__(
+        self,
+        *,
+        network: Network,
+        directory: Directory,
+        compute: Compute,
+        config: RunConfig,
+        run: str,
+        stage: int,
+        device: str = "cpu",
+        name: str = "",
+        addresses: tuple[str, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+        on_step: Callable[[StepDone], None] = lambda done: None,
+    ) -> None:
+        if not 0 <= stage < config.model.stages:
+            raise UserError(
+                f"--stage {stage} is out of range: the run has stages 0 to {config.model.stages - 1}"
+            )
+        self._network, self._directory, self._compute, self.config = network, directory, compute, config
+        self._run, self._stage_number, self._device, self._name = run, stage, device, name
+        self._addresses, self._clock, self._on_step = addresses, clock, on_step
+        self._roster: dict[PeerId, PeerRecord] = {}
+        self._tokens_seen, self._tokens_at_s = 0.0, clock()
+        self._tokens_per_s = 0.0
+
+    async def join(self) -> None:
+        """Build the stage, load its state, and announce it: hops may come from now on."""
+        self.stage: Stage = await asyncio.wrap_future(self._compute.submit(Priority.STEP, self._build))
+        self.server = HopServer(
+            network=self._network,
+            stage=self.stage,
+            compute=self._compute,
+            config=self.config,
+            clock=self._clock,
+        )
+        self.updater = Updater(
+            network=self._network,
+            stage=self.stage,
+            compute=self._compute,
+            server=self.server,
+            config=self.config,
+            run=self._run,
+            roster=self._roster.keys,
+            refresh_roster=self._read_roster,
+            refetch=self._refetch,
+            on_step=self._on_step,
+        )
+        self._state = StateServer(self._network, self.stage, self._compute)
+        await self._state.start()
+        await self._read_roster()
+        donors = sorted(self._roster.values(), key=lambda record: -record.version)
+        if donors and not await self._fetch([record.peer for record in donors]):
+            log.warning("no peer of stage %d gives its state: starting from the seed", self._stage_number)
+        await self.server.start()
+        await self.updater.start()
+        self._state.available = True
+        await self._directory.announce(self._record())
+        await self._read_roster()  # after announcing: of two that start together, one sees the other
+        log.info("serving stage %d at version %d", self._stage_number, self.stage.version)
+
+    async def run(self) -> None:
+        """Take part until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.updater.run())
+            tasks.create_task(self._announce())
+
+    async def leave(self) -> None:
+        """Withdraw, refuse new hops, let trainers and stage mates know."""
+        self.server.draining = True
+        try:
+            async with asyncio.timeout(2):
+                await self._directory.withdraw(self._record())
+        except (LinkError, TimeoutError):
+            log.info("the record could not be withdrawn; it expires by itself")
+        await self.server.say_goodbye()
+        self.close()
+
+    def close(self) -> None:
+        """Stop at once."""
+        self.server.close()
+        self.updater.coordinator.close()
+        self._compute.close()
+
+    def metrics(self) -> Mapping[str, Any]:
+        """Cumulative counters and the present state, by metric name."""
+        counters = self.server.counters + self.updater.counters
+        return {
+            "stage": self._stage_number,
+            "version": self.stage.version,
+            "queue": self._compute.queued,
+            "held": len(self.server.mailbox),
+            "retained_bytes": self.server.mailbox.retained_bytes,
+            "tokens_per_s": round(self._tokens_per_s, 1),
+            "name": self._name,
+            "hash": self.updater.state_hash.hex(),
+            **counters,
+        }
+
+    def _build(self) -> Stage:
+        module = build_stage(self.config.model, self._stage_number, seed=self.config.training.seed)
+        return Stage(
+            module,
+            self.config.training,
+            stage=self._stage_number,
+            stages=self.config.model.stages,
+            device=self._device,
+        )
+
+    def _record(self) -> PeerRecord:
+        return PeerRecord(
+            peer=self._network.peer_id,
+            stage=self._stage_number,
+            addresses=self._addresses,
+            name=self._name,
+            version=self.stage.version,
+            tokens_per_s=round(self._tokens_per_s, 1),
+            announced_s=time.time(),
+        )
+
+    async def _announce(self) -> None:
+        """Renew the record and read the roster, every period."""
+        while True:
+            await asyncio.sleep(self.config.network.announce_s)
+            self._measure()
+            try:
+                await self._directory.announce(self._record())
+                await self._read_roster()
+            except LinkError as error:
+                log.warning("%s; trying again", error)
+
+    async def _read_roster(self) -> None:
+        records = await self._directory.roster(self._stage_number)
+        self._roster.clear()
+        self._roster.update({r.peer: r for r in records if r.peer != self._network.peer_id})
+
+    def _measure(self) -> None:
+        """Tokens per second over the last period, smoothed."""
+        now_s, tokens = self._clock(), float(self.server.counters["tokens"])
+        rate = (tokens - self._tokens_seen) / max(1e-6, now_s - self._tokens_at_s)
+        self._tokens_per_s += 0.3 * (rate - self._tokens_per_s)
+        self._tokens_seen, self._tokens_at_s = tokens, now_s
+
+    async def _refetch(self) -> None:
+        """The stage has gone on without this peer: load what it has become."""
+        await self._read_roster()
+        donors = sorted(self._roster.values(), key=lambda record: -record.version)
+        if not donors or not await self._fetch([r.peer for r in donors]):
+            await asyncio.sleep(REFETCH_PAUSE_S)
+
+    async def _fetch(self, donors: list[PeerId]) -> bool:
+        return await fetch_state(
+            self._network, self.stage, self._compute, donors, at_least=self.stage.version
+        )

@@ -1,0 +1,128 @@
+"""State transfer: a newcomer loads parameters, optimizer state and version from a living peer.
+
+The donor takes a snapshot between two steps and sends it as safetensors in bounded chunks, announced by
+its version, size and SHA-256. The newcomer checks size, hash, names, shapes and types before anything of
+it is used: never a half-loaded state.
+
+I/O: one event loop; snapshots in the compute thread.
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Sequence
+
+import safetensors
+import safetensors.torch
+from google.protobuf.message import DecodeError
+
+from averaging.errors import AveragingError, LinkError, ProtocolError
+from averaging.network import Network, PeerId, Stream
+from swarm import swarm_pb2 as pb
+from swarm.compute import Compute, Priority
+from swarm.stage import Stage
+
+SERVICE = "state"
+CHUNK_BYTES = 1 << 20
+HEADER_ALLOWANCE_BYTES = 1 << 20
+DEADLINE_S = 30.0  # for the offer and for each chunk
+log = logging.getLogger(__name__)
+
+
+class StateServer:
+    """Gives this peer's state to newcomers, two at a time."""
+
+    def __init__(self, network: Network, stage: Stage, compute: Compute) -> None:
+        self._network, self._stage, self._compute = network, stage, compute
+        self.available = False  # nothing to give before this peer has a state itself
+        self._snapshot: tuple[int, bytes] | None = None
+        self._slots = asyncio.Semaphore(2)
+
+    async def start(self) -> None:
+        await self._network.serve(SERVICE, self._give)
+
+    async def _give(self, stream: Stream) -> None:
+        try:
+            frame = await stream.receive()
+            request = pb.StateRequest.FromString(frame.header if frame else b"")
+            if not self.available or request.stage != self._stage.stage:
+                await stream.send(pb.StateOffer(available=False).SerializeToString())
+                return await stream.finish()
+            async with self._slots:
+                version, data = await self._take_snapshot()
+                digest = hashlib.sha256(data).digest()
+                offer = pb.StateOffer(available=True, version=version, size_bytes=len(data), sha256=digest)
+                await stream.send(offer.SerializeToString())
+                for start in range(0, len(data), CHUNK_BYTES):
+                    await stream.send(b"", memoryview(data)[start : start + CHUNK_BYTES])
+                await stream.finish()
+        except (LinkError, DecodeError) as error:
+            log.info("state transfer ended early: %s", error)
+            stream.abort()
+
+    async def _take_snapshot(self) -> tuple[int, bytes]:
+        """Serialize in the compute thread: between steps, and only once per version."""
+
+        def snapshot() -> tuple[int, bytes]:
+            if self._snapshot is None or self._snapshot[0] != self._stage.version:
+                self._snapshot = self._stage.version, safetensors.torch.save(self._stage.state())
+            return self._snapshot
+
+        return await asyncio.wrap_future(self._compute.submit(Priority.STEP, snapshot))
+
+
+async def fetch_state(
+    network: Network, stage: Stage, compute: Compute, donors: Sequence[PeerId], *, at_least: int = 0
+) -> bool:
+    """Load the state of the first donor that gives one of version `at_least` or more.
+
+    Returns False if none did; the stage is then unchanged.
+    """
+    for donor in donors:
+        try:
+            offer, data = await _download(network, stage, donor)
+            if offer.version < at_least:
+                continue
+            await asyncio.wrap_future(
+                compute.submit(Priority.STEP, lambda o=offer, d=data: _load(stage, donor, o, d))
+            )
+            log.info("loaded version %d (%.1f MB) from %s", offer.version, len(data) / 1e6, donor[-8:])
+            return True
+        except (AveragingError, TimeoutError) as error:
+            log.warning("no state from %s: %s", donor[-8:], error)
+    return False
+
+
+async def _download(network: Network, stage: Stage, donor: PeerId) -> tuple[pb.StateOffer, bytearray]:
+    stream = await network.open(donor, SERVICE, max_payload_bytes=CHUNK_BYTES)
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            await stream.send(pb.StateRequest(stage=stage.stage).SerializeToString())
+            frame = await stream.receive()
+        offer = pb.StateOffer.FromString(frame.header if frame else b"")
+        if not offer.available:
+            raise LinkError(donor, "has no state to give")
+        most = 3 * 4 * stage.values + HEADER_ALLOWANCE_BYTES
+        if offer.size_bytes > most:
+            raise ProtocolError(donor, f"offers {offer.size_bytes} bytes, the stage takes at most {most}")
+        data = bytearray()
+        while len(data) < offer.size_bytes:
+            async with asyncio.timeout(DEADLINE_S):
+                frame = await stream.receive()
+            if frame is None:
+                raise LinkError(donor, "ended the state early")
+            data += frame.payload
+    except DecodeError:
+        raise ProtocolError(donor, "malformed state offer") from None
+    finally:
+        stream.abort()
+    if len(data) != offer.size_bytes or hashlib.sha256(data).digest() != offer.sha256:
+        raise ProtocolError(donor, "the state does not match its hash")
+    return offer, data
+
+
+def _load(stage: Stage, donor: PeerId, offer: pb.StateOffer, data: bytearray) -> None:
+    try:
+        stage.load(safetensors.torch.load(bytes(data)), offer.version)
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise ProtocolError(donor, f"its state does not fit: {error}") from None

@@ -1,0 +1,398 @@
+"""A member's side of a step: accumulate -> plan -> average -> step, over and over.
+
+    report the accumulated tokens to the step's coordinator whenever they change
+    on the plan: freeze the accumulated gradient (a new one starts behind it)
+    average it with the plan's members; tell the coordinator whether the whole mean is here
+    on the verdict: apply the mean as one optimizer step, or keep the gradient and begin anew
+
+With delayed updates hops go on all the while; otherwise they wait from the freeze to the step. A
+coordinator that does not answer is passed over: the next one in the order takes its place. If it
+vanishes between plan and verdict, the members ask each other: if any has committed, all do; a member
+that says no promises never to.
+
+I/O: one event loop; torch in `Compute`. Design section 6.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from google.protobuf.message import DecodeError
+
+from averaging import moshpit
+from averaging.allreduce import ButterflyAllReduce
+from averaging.codecs import CODECS
+from averaging.errors import AveragingError, LinkError, RoundAbandonedError
+from averaging.network import Network, PeerId, Stream
+from averaging.plan import Member, Plan, check_plan, coordinator_order
+from swarm import swarm_pb2 as pb
+from swarm.compute import Compute, Priority
+from swarm.config import RunConfig
+from swarm.coordinator import ALIVE_S, STEP_SERVICE, Coordinator
+from swarm.mailbox import Phase
+from swarm.server import HopServer
+from swarm.stage import Accumulator, Stage
+
+MAX_MEMBERS = 4096
+log = logging.getLogger(__name__)
+
+
+class BehindError(AveragingError):
+    """The stage has gone on without this peer, or holds another state: fetch it."""
+
+
+class MovedError(AveragingError):
+    """Another peer coordinates this step."""
+
+    def __init__(self, coordinator: PeerId) -> None:
+        super().__init__(f"moved to {coordinator[-8:]}")
+        self.coordinator = coordinator
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """One applied step."""
+
+    version: int
+    members: tuple[PeerId, ...]
+    tokens: float
+    averaging_s: float
+    sent_bytes: int
+    state_hash: bytes
+
+
+class Updater:
+    """Takes part in every step of this peer's stage."""
+
+    def __init__(
+        self,
+        *,
+        network: Network,
+        stage: Stage,
+        compute: Compute,
+        server: HopServer,
+        config: RunConfig,
+        run: str,
+        roster: Callable[[], Collection[PeerId]],
+        refresh_roster: Callable[[], Awaitable[None]],
+        refetch: Callable[[], Awaitable[None]],
+        on_step: Callable[[StepDone], None] = lambda done: None,
+    ) -> None:
+        """`roster` are the live peers of the stage without this one, as of the last `refresh_roster`;
+        `refetch` loads a donor's state."""
+        self._network, self._stage, self._compute, self._server = network, stage, compute, server
+        self._config, self._run, self._roster = config, run, roster
+        self._refresh_roster, self._refetch, self._on_step = refresh_roster, refetch, on_step
+        self._deadline_s = config.averaging.progress_deadline_s
+        self._all_reduce = ButterflyAllReduce(
+            network,
+            codec=CODECS[config.averaging.codec],
+            progress_s=self._deadline_s,
+            max_weight=4.0 * config.training.target_batch_tokens,
+        )
+        self._suspected_s: dict[PeerId, float] = {}
+        self._reporting_to: PeerId = ""
+        self._redo = False  # a plan of this step was abandoned
+        self._frozen: Accumulator | None = None
+        self.state_hash = b""
+        self._news = asyncio.Event()
+        self.counters: Counter[str] = Counter()
+        self.coordinator = Coordinator(
+            network=network,
+            config=config,
+            version=lambda: stage.version,
+            expected=self._live,
+            reporting_to=lambda: self._reporting_to,
+            suspect=self._suspect,
+        )
+        server.on_progress = self._news.set
+
+    async def start(self) -> None:
+        """Answer reports, queries and rounds of averaging from now on."""
+        await self._all_reduce.start()
+        await self.coordinator.start()
+
+    async def run(self) -> None:
+        """Close one step after the other, for ever."""
+        self.state_hash = await self._in_compute(self._stage.hash)
+        moved_to: PeerId | None = None
+        while True:
+            coordinator = moved_to or self._next_coordinator()
+            moved_to = None
+            try:
+                await self._step_with(coordinator)
+            except MovedError as moved:
+                moved_to = moved.coordinator
+            except BehindError as error:
+                log.info("step %d: %s", self._stage.version, error)
+                await self._catch_up()
+            except LinkError as error:
+                log.info("step %d: coordinator %s", self._stage.version, error)
+                self._suspect(coordinator)
+            except AveragingError as error:
+                log.info("step %d: %s", self._stage.version, error)
+
+    # who
+
+    def _live(self) -> list[PeerId]:
+        now_s = asyncio.get_running_loop().time()
+        recent_s = now_s - self._config.network.expire_s
+        self._suspected_s = {p: at for p, at in self._suspected_s.items() if at > recent_s}
+        return [*(p for p in self._roster() if p not in self._suspected_s), self._network.peer_id]
+
+    def _suspect(self, peer: PeerId) -> None:
+        if peer != self._network.peer_id:
+            self._suspected_s[peer] = asyncio.get_running_loop().time()
+
+    def _next_coordinator(self) -> PeerId:
+        step = self._stage.version
+        return coordinator_order(self._live(), run=self._run, stage=self._stage.stage, step=step)[0]
+
+    # one step
+
+    async def _step_with(self, coordinator: PeerId) -> None:
+        step = self._stage.version
+        await self._give_up_orphans()
+        stream = await self._network.open(coordinator, STEP_SERVICE)
+        self._reporting_to = coordinator
+        try:
+            plan = await self._report_until_plan(stream, step, coordinator)
+            await self._carry_out(plan, stream)
+            await stream.finish()
+        except BaseException:
+            stream.abort()
+            raise
+        finally:
+            self._reporting_to = ""
+
+    async def _report_until_plan(self, stream: Stream, step: int, coordinator: PeerId) -> Plan:
+        reporting = asyncio.create_task(self._report(stream, step))
+        try:
+            while True:
+                answer = await self._hear(stream)
+                match answer.WhichOneof("content"):
+                    case "plan":
+                        return await self._checked(answer.plan, step, coordinator)
+                    case "behind":
+                        raise BehindError(f"the stage is at version {answer.behind}")
+                    case "drifted":
+                        raise BehindError("the majority holds another state")
+                    case "moved":
+                        raise MovedError(answer.moved)
+        finally:
+            reporting.cancel()
+
+    async def _report(self, stream: Stream, step: int) -> None:
+        while True:
+            self._news.clear()
+            report = pb.StepReport(
+                step=step, weight=self._weight(step), state_hash=self.state_hash, frozen=self._redo
+            )
+            try:
+                await stream.send(pb.FromMember(report=report).SerializeToString())
+            except LinkError:
+                return  # the receiving side notices, too
+            await self._news.wait()
+
+    def _weight(self, step: int) -> float:
+        """Tokens this peer has for `step`."""
+        if self._frozen is not None:
+            return float(self._frozen.tokens)
+        if not self._config.training.strict:
+            return float(self._stage.accumulator.tokens)
+        # Strict: only what the stage before has received. Once the step is applied here, the weights
+        # that could compute its gradient again are gone.
+        return float(
+            sum(
+                hop.push.token_count
+                for hop in self._server.mailbox
+                if hop.phase is Phase.ACCUMULATED and hop.delivered and hop.step == step
+            )
+        )
+
+    async def _hear(self, stream: Stream) -> pb.FromCoordinator:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                frame = await stream.receive()
+        except TimeoutError:
+            raise LinkError(stream.remote, f"silent for {self._deadline_s:.1f} s") from None
+        if frame is None:
+            raise LinkError(stream.remote, "closed the step stream")
+        try:
+            return pb.FromCoordinator.FromString(frame.header)
+        except DecodeError:
+            raise LinkError(stream.remote, "malformed message of a coordinator") from None
+
+    async def _checked(self, message: pb.StepPlan, step: int, coordinator: PeerId) -> Plan:
+        members = tuple(Member(m.peer, m.weight) for m in message.members[: MAX_MEMBERS + 1])
+        plan = Plan(bytes(message.key), message.step, coordinator, members)
+        me_and_coordinator = {self._network.peer_id, coordinator}
+        if any(member.peer not in {*self._roster(), *me_and_coordinator} for member in members):
+            await self._refresh_roster()  # a newcomer that announced itself a moment ago
+        roster = {*self._roster(), *me_and_coordinator}
+        wrong = check_plan(
+            plan, me=self._network.peer_id, step=step, my_weight=self._weight(step), roster=roster
+        )
+        if wrong is None and (len(plan.key) != 16 or len(members) > MAX_MEMBERS):
+            wrong = "it is malformed"
+        if wrong is not None:
+            raise LinkError(coordinator, f"its plan is refused: {wrong}")
+        return plan
+
+    async def _carry_out(self, plan: Plan, stream: Stream) -> None:
+        """Freeze, average, and apply or take back, as the verdict says."""
+        training = self._config.training
+        if not training.delayed_updates:
+            self._compute.hold(True)
+        try:
+            if self._frozen is None:
+                self._frozen = await self._in_compute(self._stage.freeze)
+            frozen = self._frozen
+            if self._server.are_orphans(frozen):
+                raise RoundAbandonedError("gradients in it have been given to other peers")
+            began_s = asyncio.get_running_loop().time()
+            result, lost = await self._average(plan, frozen, stream)
+            committed = await self._verdict(plan, stream, held=result is not None, lost=lost)
+            if not committed:
+                self._redo = True
+                self.counters["abandoned_plans"] += 1
+                if training.strict:  # what was lost with a member is computed again, for this step
+                    self._frozen = None
+                    await self._in_compute(lambda: self._stage.thaw(frozen))
+                raise RoundAbandonedError(f"its plan of {len(plan.members)} members was abandoned")
+            assert result is not None
+            self._frozen, self._redo = None, False
+            self._server.orphans.difference_update(frozen.microbatches)
+            averaging_s = asyncio.get_running_loop().time() - began_s
+            self.state_hash = await self._in_compute(lambda: self._apply(result.mean))
+        finally:
+            self._compute.hold(False)
+        self.counters["averaging_bytes"] += result.sent_bytes
+        self._applied(plan, averaging_s, result.sent_bytes)
+
+    def _apply(self, mean: torch.Tensor) -> bytes:
+        self._stage.apply(mean)
+        return self._stage.hash()
+
+    def _applied(self, plan: Plan, averaging_s: float, sent_bytes: int) -> None:
+        version, members = self._stage.version, tuple(m.peer for m in plan.members)
+        self.coordinator.step_closed(version)
+        included = [m.peer for m in plan.members if m.weight > 0]
+        self._say_version(version, included)
+        self._server.resume_held()
+        tokens = sum(m.weight for m in plan.members)
+        self._on_step(StepDone(version, members, tokens, averaging_s, sent_bytes, self.state_hash))
+
+    async def _average(
+        self, plan: Plan, frozen: Accumulator, stream: Stream
+    ) -> tuple[moshpit.RoundResult | None, frozenset[PeerId]]:
+        """The mean, or who was lost; tells the coordinator meanwhile that this peer lives."""
+        alive = asyncio.create_task(self._say_alive(stream))
+        try:
+            vector = await self._in_compute(lambda: self._stage.mean(frozen))
+            result = await moshpit.average(
+                plan,
+                self._network.peer_id,
+                vector=vector,
+                weight=float(frozen.tokens),
+                all_reduce=self._all_reduce,
+            )
+            return result, frozenset()
+        except RoundAbandonedError as error:
+            log.info("step %d: %s", plan.step, error)
+            return None, error.lost
+        finally:
+            alive.cancel()
+
+    @staticmethod
+    async def _say_alive(stream: Stream) -> None:
+        alive = pb.FromMember(alive=True).SerializeToString()
+        try:
+            while True:
+                await stream.send(alive)
+                await asyncio.sleep(ALIVE_S)
+        except LinkError:
+            return  # whoever waits for the verdict notices
+
+    async def _verdict(self, plan: Plan, stream: Stream, *, held: bool, lost: frozenset[PeerId]) -> bool:
+        """Report whether the mean is here, and learn what becomes of the plan."""
+        done = pb.FromMember(done=pb.StepDone(ok=held, lost=sorted(lost)))
+        try:
+            if not held:
+                self.coordinator.abandon(plan.key)
+            await stream.send(done.SerializeToString())
+            while True:
+                answer = await self._hear(stream)
+                if answer.WhichOneof("content") == "commit":
+                    return answer.commit and held and self.coordinator.commit(plan.key)
+        except LinkError as error:
+            log.info("step %d: coordinator %s before its verdict", plan.step, error)
+            self._suspect(plan.coordinator)
+        return held and await self._committed_elsewhere(plan)
+
+    async def _committed_elsewhere(self, plan: Plan) -> bool:
+        """The coordinator is gone: has any member committed? If none has, none will any more."""
+        self.coordinator.abandon(plan.key)
+        query = pb.StepQuery(plan=plan.key)
+        others = [m.peer for m in plan.members if m.peer != self._network.peer_id]
+        answers = await asyncio.gather(
+            *(self.coordinator.query(peer, query) for peer in others), return_exceptions=True
+        )
+        unexpected = [a for a in answers if isinstance(a, BaseException) and not isinstance(a, LinkError)]
+        if unexpected:
+            raise unexpected[0]
+        committed = any(isinstance(info, pb.StepInfo) and info.committed for info in answers)
+        if committed:
+            self.coordinator.learn_committed(plan.key)
+        return committed
+
+    async def _catch_up(self) -> None:
+        """Load a donor's state; gradients of earlier versions stay unless they are too old."""
+        await self._give_up_orphans()
+        frozen, self._frozen, self._redo = self._frozen, None, False
+        before = self._stage.version
+        await self._refetch()
+        if frozen is not None and self._stage.version - before <= self._config.training.max_staleness:
+            await self._in_compute(lambda: self._stage.merge(frozen))
+        elif frozen is not None:
+            self.counters["too_stale"] += len(frozen.microbatches)
+            self._server.lost_gradients(frozen)
+        self._server.moved_to_step(self._stage.accumulator)
+        self.state_hash = await self._in_compute(self._stage.hash)
+        self.coordinator.step_closed(self._stage.version)
+        self._say_version(self._stage.version, [])
+        self._server.resume_held()
+
+    def _say_version(self, version: int, included: list[PeerId]) -> None:
+        stepped = pb.Stepped(version=version, included=included)
+        self._server.watchers.say_all(pb.WatchFrame(stepped=stepped).SerializeToString())
+        self._server.announced_version = version
+
+    async def _give_up_orphans(self) -> None:
+        """Throw away sums with gradients that a trainer has given to other peers meanwhile.
+
+        A sum cannot be taken apart, so all of it goes, and the trainers that are still here are told. This
+        peer then has nothing for the step that closes; what comes from now on is for the next one.
+        """
+        strict, stage = self._config.training.strict, self._stage
+        if self._frozen is not None and self._server.are_orphans(self._frozen):
+            self._give_up(self._frozen)
+            self._frozen = stage.empty(self._frozen.step)
+        if self._server.are_orphans(stage.accumulator):
+            if self._frozen is None and not strict:
+                self._give_up(await self._in_compute(stage.freeze))
+                self._frozen = stage.empty(stage.version)
+            else:
+                self._give_up(stage.accumulator)
+                await self._in_compute(stage.clear)
+
+    def _give_up(self, orphaned: Accumulator) -> None:
+        self.counters["orphaned"] += len(orphaned.microbatches)
+        self._server.lost_gradients(orphaned)
+        self._server.orphans.difference_update(orphaned.microbatches)
+
+    async def _in_compute(self, work: Callable[[], object]):  # type: ignore[no-untyped-def]
+        return await asyncio.wrap_future(self._compute.submit(Priority.STEP, work))

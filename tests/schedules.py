@@ -1,0 +1,196 @@
+"""Seeded schedules of faults against a whole in-memory swarm, and the invariants they must not break.
+
+`python -m tests.schedules SEED [COUNT]` replays one schedule (or several) and prints its event log.
+"""
+
+import asyncio
+import logging
+import random
+import sys
+import time
+from collections import Counter, defaultdict
+
+from averaging import virtual_time
+from averaging.memory_network import Link
+from tests.sim import Sim, tiny_run
+
+MICROBATCHES = 40
+
+
+def profile(seed: int) -> list[str]:
+    """The configuration of a schedule: half retain until the step, some delay updates."""
+    rng = random.Random(f"profile {seed}")
+    return [
+        f"training.delayed_updates={rng.choice(['true', 'false'])}",
+        f"pipeline.keep_graphs={rng.choice([0, 2, 8])}",
+        f"averaging.codec={rng.choice(['float32', 'int8'])}",
+    ]
+
+
+class Schedule:
+    """One run: faults by the seed until every microbatch is settled, then the invariants."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.rng = seed, random.Random(seed)
+        self.log: list[str] = []
+
+    def note(self, what: str) -> None:
+        self.log.append(f"{self.sim.clock():8.3f}  {what}")
+
+    async def run(self) -> None:
+        sim = self.sim = Sim(tiny_run(*profile(self.seed)), self.seed)
+        sim.hub.link = self.link
+        sim.hub.fate = self.fate
+        self.faults, self.trouble = Counter[str](), self.rng.choice([0.0, 0.01, 0.03])
+        for stage in range(3):
+            for _ in range(self.rng.choice([2, 2, 3])):
+                await sim.start_peer(stage)
+        await sim.start_trainer()
+        await sim.until(lambda: sim.pipeline.ready_stages == 3)
+        feeding = asyncio.create_task(self.feed())
+        breaking = asyncio.create_task(self.break_things())
+        try:
+            await sim.until(lambda: self.issued_all and self.all_settled(), 400)
+        finally:
+            feeding.cancel()
+            breaking.cancel()
+        self.trouble = 0.0
+        for peer in list(sim.hub.hung):
+            sim.hub.resume(peer)
+        sim.hub.cut.clear()
+        self.note("all settled; waiting for retained bytes")
+        await sim.until(lambda: sim.retained_bytes(below=MICROBATCHES) == 0, 60)
+        self.note("the trainer leaves")
+        sim.pipeline_task.cancel()
+        await sim.until(lambda: sim.retained_bytes() == 0, 60)
+        self.check()
+
+    def all_settled(self) -> bool:
+        """The first microbatches count; later ones only keep the steps closing."""
+        return all(self.sim.pipeline.ledger.is_settled(i.to_bytes(16, "big")) for i in range(MICROBATCHES))
+
+    issued_all = False
+
+    async def feed(self) -> None:
+        """Issue as fast as the pipeline takes, and go on until the counted ones are settled."""
+        number, sim = 0, self.sim
+        while True:
+            if sim.pipeline.ledger.in_flight < 8:
+                sim.issue(number)
+                number += 1
+                self.issued_all = number >= MICROBATCHES
+            await asyncio.sleep(self.rng.uniform(0.01, 0.1))
+
+    def link(self, a: str, b: str) -> Link:
+        # Late events: now and then a frame takes long, and everything behind it on its stream, too.
+        slow = self.rng.random() < 0.02
+        return Link(latency_s=self.rng.uniform(0.2, 0.8) if slow else self.rng.uniform(0.001, 0.02))
+
+    def fate(self, a: str, b: str, service: str, request: bool) -> str:
+        if self.rng.random() >= self.trouble:
+            return "deliver"
+        fate = self.rng.choice(["break_before", "break_after", "twice"])
+        if fate == "twice" and (service != "hop" or not request):
+            return "deliver"
+        self.faults[fate] += 1
+        return fate
+
+    async def break_things(self) -> None:
+        """Kill, hang, and cut off, each followed by a repair, one after the other."""
+        sim = self.sim
+        for _ in range(self.rng.randint(1, 4)):
+            await asyncio.sleep(self.rng.uniform(0.1, 4))
+            what = self.rng.choice(["kill", "kill", "kill two", "hang", "hang long", "cut", "cut trainer"])
+            self.faults[what] += 1
+            match what:
+                case "kill" | "kill two":
+                    for _ in range(1 + (what == "kill two")):
+                        await self.kill_one()
+                case "hang" | "hang long":
+                    peer = self.rng.choice(sorted(sim.peers))
+                    self.note(f"{what} {peer}")
+                    sim.hub.hang(peer)
+                    await asyncio.sleep(
+                        self.rng.uniform(0.2, 2) if what == "hang" else self.rng.uniform(5, 9)
+                    )
+                    sim.hub.resume(peer)
+                    self.note(f"resume {peer}")
+                case "cut" | "cut trainer":
+                    a, b = self.rng.sample(sorted(sim.peers), 2)
+                    a = "trainer" if what == "cut trainer" else a
+                    self.note(f"cut {a} {b}")
+                    sim.hub.sever(a, b)
+                    await asyncio.sleep(self.rng.uniform(0.5, 8))
+                    sim.hub.heal(a, b)
+                    self.note(f"heal {a} {b}")
+
+    async def kill_one(self) -> None:
+        """SIGKILL a peer that is not the last of its stage with a state; a fresh one comes later."""
+        sim = self.sim
+        by_stage: defaultdict[int, list[str]] = defaultdict(list)
+        for peer in sim.peers.values():
+            if hasattr(peer.peer, "updater") and peer.peer.updater.state_hash:
+                by_stage[peer.stage].append(peer.id)
+        candidates = sorted(p for peers in by_stage.values() if len(peers) > 1 for p in peers)
+        if candidates:
+            victim = self.rng.choice(candidates)
+            stage = sim.peers[victim].stage
+            self.note(f"kill {victim}")
+            sim.kill(victim)
+            await asyncio.sleep(self.rng.uniform(0, 1))
+            self.note(f"start {await sim.start_peer(stage)}")
+
+    def check(self) -> None:
+        """Every microbatch completed once; each stage applied its gradient exactly once."""
+        sim = self.sim
+        assert not sim.errors, sim.errors
+        assert not sim.abandoned, sim.abandoned
+        included: defaultdict[tuple[int, int], dict[str, bool]] = defaultdict(dict)
+        for _, stage, done in sim.steps:
+            for member in done.members:
+                included[stage, done.version - 1][member] = True
+        for number in range(MICROBATCHES):
+            microbatch = number.to_bytes(16, "big")
+            assert sim.completed[microbatch] == 1, (
+                f"microbatch {number} completed {sim.completed[microbatch]} times"
+            )
+            for stage in range(3):
+                applied = [a for a in sim.applied if a[0] == stage and a[1] == microbatch]
+                peers = {(peer, step) for _, _, peer, step in applied}
+                assert len(peers) == 1, f"microbatch {number} is {len(peers)} times in stage {stage}: {peers}"
+
+
+def run(seed: int) -> Schedule:
+    schedule = Schedule(seed)
+    try:
+        virtual_time.run(schedule.run())
+    except BaseException as error:
+        lines = "\n".join(schedule.log[-40:])
+        raise AssertionError(
+            f"schedule {seed} failed: {error!r}; replay it with `python -m tests.schedules {seed}`\n{lines}"
+        ) from error
+    return schedule
+
+
+def main() -> None:
+    first, count = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    if count == 1:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        logging.getLogger("swarm").setLevel(logging.DEBUG if "-v" in sys.argv else logging.INFO)
+    failed, began_s, faults = [], time.time(), Counter[str]()
+    for seed in range(first, first + count):
+        try:
+            schedule = run(seed)
+            faults += schedule.faults
+            if count == 1:
+                print("\n".join(schedule.log))
+        except AssertionError as error:
+            failed.append(seed)
+            print(error)
+    print(
+        f"{count - len(failed)} of {count} schedules hold, {time.time() - began_s:.1f} s, {dict(faults)}, {failed}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""A whole swarm in one process and in virtual time: the real peers and the real pipeline on the in-memory
+network, with a tiny model and a schedule of faults. Tests and schedules build on it.
+"""
+
+import asyncio
+import itertools
+import logging
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from averaging.memory_network import Link, MemoryHub
+from averaging.network import PeerId
+from swarm.compute import Priority, VirtualCompute
+from swarm.config import RunConfig, parse_run
+from swarm.directory import MemoryDirectory
+from swarm.messages import pack_tokens
+from swarm.peer import Peer
+from swarm.stage import Accumulator
+from swarm.update import StepDone
+from trainers import ledger as lg
+from trainers.pipeline import Pipeline
+
+TINY = """
+name: tiny
+model: {width: 8, layers: 3, heads: 2, feed_forward: 8, vocabulary: 16, stages: 3}
+training:
+  sequence_tokens: 4
+  microbatch_sequences: 1
+  target_batch_tokens: 32
+  steps: 1000000
+pipeline: {codec: float32, in_flight: 8, queue: 8, hop_deadline_s: 20, retain_until: step}
+averaging: {codec: float32, progress_deadline_s: 3, grace_s: 0.5}
+network: {announce_s: 1, expire_s: 6, heartbeat_s: 0.5, lease_s: 4}
+"""
+
+
+def tiny_run(*overrides: str) -> RunConfig:
+    return parse_run(TINY, source="tiny", overrides=list(overrides))
+
+
+@dataclass(slots=True)
+class SimPeer:
+    id: PeerId
+    stage: int
+    peer: Peer
+    task: "asyncio.Task[None]"
+    compute: VirtualCompute
+
+
+class Sim:
+    """One in-memory swarm: peers come and go, one trainer, a log of who accumulated what."""
+
+    def __init__(self, config: RunConfig, seed: int, *, compute_s: float = 0.02, latency_s: float = 0.005):
+        self.config, self.rng = config, random.Random(seed)
+        self.clock = asyncio.get_running_loop().time
+        self.hub = MemoryHub(rng=random.Random(seed + 1))
+        self.directory = MemoryDirectory(self.clock, config.network.expire_s)
+        self.compute_s, self.latency_s = compute_s, latency_s
+        self.hub.link = lambda a, b: Link(latency_s=self.latency_s)
+        self.peers: dict[PeerId, SimPeer] = {}
+        self.names = itertools.count()
+        self.contributed: dict[PeerId, dict[int, list[bytes]]] = {}  # peer -> step -> microbatches
+        self.applied: set[tuple[int, bytes, PeerId, int]] = set()  # (stage, microbatch, peer, step)
+        self.hashes: dict[tuple[int, int], set[bytes]] = {}  # (stage, version) -> state hashes seen
+        self.steps: list[tuple[PeerId, int, StepDone]] = []  # (peer, stage, what)
+        self.completed: Counter[bytes] = Counter()
+        self.abandoned: list[lg.Abandoned] = []
+        self.recovered: list[lg.Recovered] = []
+        self.losses: dict[bytes, float] = {}
+        self.errors: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(self._on_error)
+
+    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict) -> None:
+        self.errors.append(f"{context.get('message')}: {context.get('exception')!r}")
+
+    async def start_peer(self, stage: int) -> PeerId:
+        peer_id = f"peer{next(self.names):02d}-of-stage{stage}"
+        network = self.hub.network(peer_id)
+        compute = VirtualCompute(
+            lambda priority: self.compute_s * self.rng.uniform(0.5, 1.5) if priority else 0.001,
+            stopped=lambda: peer_id in self.hub.hung,
+        )
+        contributed = self.contributed[peer_id] = {}
+        peer = Peer(
+            network=network,
+            directory=self.directory,
+            compute=compute,
+            config=self.config,
+            run="run",
+            stage=stage,
+            clock=self.clock,
+            on_step=lambda done: self._stepped(peer_id, stage, done),
+        )
+
+        async def live() -> None:
+            await peer.join()
+            mean = peer.stage.mean
+
+            def logged(frozen: Accumulator) -> torch.Tensor:
+                contributed[frozen.step] = list(frozen.microbatches)
+                return mean(frozen)
+
+            peer.stage.mean = logged
+            await peer.run()
+
+        task = asyncio.create_task(live(), name=peer_id)
+        task.add_done_callback(self._peer_ended)
+        self.peers[peer_id] = SimPeer(peer_id, stage, peer, task, compute)
+        return peer_id
+
+    def _stepped(self, peer_id: PeerId, stage: int, done: StepDone) -> None:
+        """Log what went into an applied step: the microbatches that every member contributed to it."""
+        self.steps.append((peer_id, stage, done))
+        self.hashes.setdefault((stage, done.version), set()).add(done.state_hash)
+        for member in done.members:
+            for microbatch in self.contributed[member].get(done.version - 1, ()):
+                self.applied.add((stage, microbatch, member, done.version - 1))
+
+    def _peer_ended(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.errors.append(f"{task.get_name()} failed: {error!r}")
+
+    def kill(self, peer_id: PeerId) -> None:
+        """SIGKILL: nothing is cleaned up, everything stops."""
+        sim_peer = self.peers.pop(peer_id)
+        self.hub.kill(peer_id)
+        sim_peer.task.cancel()
+        sim_peer.compute.close()
+        for task in list(
+            getattr(sim_peer.peer, "server", None)._pushes if hasattr(sim_peer.peer, "server") else ()
+        ):
+            task.cancel()
+
+    async def start_trainer(self) -> Pipeline:
+        self.pipeline = Pipeline(
+            network=self.hub.network("trainer"),
+            directory=self.directory,
+            config=self.config,
+            rng=random.Random(self.rng.random()),
+            clock=self.clock,
+            on_completed=self._completed,
+            on_abandoned=self.abandoned.append,
+            on_recovered=self.recovered.append,
+        )
+        self.pipeline_task = asyncio.create_task(self.pipeline.run(), name="trainer")
+        self.pipeline_task.add_done_callback(self._peer_ended)
+        return self.pipeline
+
+    def _completed(self, done: lg.Completed) -> None:
+        self.completed[done.microbatch] += 1
+        self.losses[done.microbatch] = done.loss / done.tokens
+
+    def issue(self, number: int, *, evaluate: bool = False, step: int = 0) -> bytes:
+        training, model = self.config.training, self.config.model
+        generator = torch.Generator().manual_seed(number)
+        shape = (training.microbatch_sequences, training.sequence_tokens + 1)
+        tokens = torch.randint(0, model.vocabulary, shape, generator=generator)
+        microbatch = number.to_bytes(16, "big")
+        self.pipeline.issue(microbatch, pack_tokens(tokens), sequences=shape[0], evaluate=evaluate, step=step)
+        return microbatch
+
+    async def until(self, condition, limit_s: float = 300.0) -> None:
+        """Wait in virtual time. Raises TimeoutError."""
+        end_s = self.clock() + limit_s
+        while not condition():
+            if self.clock() > end_s:
+                raise TimeoutError
+            await asyncio.sleep(0.05)
+
+    def retained_bytes(self, below: int | None = None) -> int:
+        """Bytes that the living peers retain, of all microbatches or of those with smaller numbers."""
+        return sum(
+            hop.retained_bytes()
+            for p in self.peers.values()
+            if hasattr(p.peer, "server")
+            for hop in p.peer.server.mailbox
+            if below is None or int.from_bytes(hop.route.microbatch, "big") < below
+        )
+
+
+logging.getLogger("swarm").setLevel(logging.ERROR)
+__all__ = ["Priority", "Sim", "SimPeer", "tiny_run"]

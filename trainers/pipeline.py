@@ -1,0 +1,347 @@
+"""Executes the ledger's commands on the network and feeds it what comes back.
+
+    roster      read every period; each peer found is watched
+    watch       one stream per peer: its events and heartbeats in, echoes out (they renew its lease)
+    commands    push, resend, cancel, release: calls, whose answers are events again
+
+A watch stream that breaks is dialled again at once. If that is refused, the peer is dead. If nothing
+answers, it may be alive behind a broken link: it counts as gone when its lease is over, not before.
+
+I/O: one event loop. The decisions are the ledger's.
+"""
+
+import asyncio
+import logging
+import random
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from averaging.codecs import CODECS
+from averaging.errors import AveragingError, LinkError
+from averaging.network import Calls, Network, PeerId, Stream
+from swarm import swarm_pb2 as pb
+from swarm import watch
+from swarm.config import RunConfig
+from swarm.directory import Directory
+from swarm.errors import RejectedError
+from swarm.messages import Push, parse_reply
+from swarm.server import SERVICE
+from swarm.wiring import StageWiring
+from trainers import ledger as lg
+from trainers.throttle import Throttle
+
+REFUSED_S = 1.0  # a dial that fails sooner was refused by a live machine: the process is dead
+TICK_S = 0.05
+RETRY_S = 0.5
+GOODBYE_S = 1.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    stage: int
+    task: "asyncio.Task[None]"
+
+
+class Pipeline:
+    """Keeps a trainer's microbatches moving."""
+
+    def __init__(
+        self,
+        *,
+        network: Network,
+        directory: Directory,
+        config: RunConfig,
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+        on_completed: Callable[[lg.Completed], None] = lambda done: None,
+        on_abandoned: Callable[[lg.Abandoned], None] = lambda gone: None,
+        on_recovered: Callable[[lg.Recovered], None] = lambda done: None,
+    ) -> None:
+        self._network, self._directory, self._config, self._clock = network, directory, config, clock
+        self._on_completed, self._on_abandoned, self._on_recovered = on_completed, on_abandoned, on_recovered
+        prior_s = config.pipeline.wiring_prior_s / config.training.microbatch_tokens
+        self._wirings = [
+            StageWiring(stage=stage, rng=rng, prior_cost_s=prior_s) for stage in range(config.model.stages)
+        ]
+        self.session = secrets.token_bytes(8)
+        self.ledger = lg.Ledger(
+            trainer=network.peer_id,
+            session=self.session,
+            wirings=self._wirings,
+            hop_deadline_s=config.pipeline.hop_deadline_s,
+            retain_until_step=config.retains_until_step,
+            strict=config.training.strict,
+        )
+        self.throttle = Throttle(most=config.pipeline.in_flight, stages=config.model.stages)
+        self._calls = Calls(network, SERVICE, deadline_s=config.averaging.progress_deadline_s)
+        self._watched: dict[PeerId, Watched] = {}
+        self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat was answered
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.changed = asyncio.Event()  # something completed, settled, or stepped
+
+    async def run(self) -> None:
+        """Read the roster and the clock until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._read_rosters())
+                tasks.create_task(self._tick())
+        finally:
+            watching = [watched.task for watched in self._watched.values()]
+            for task in watching:
+                task.cancel()  # each says goodbye, so that its peer drops what it holds for us
+            await asyncio.gather(*watching, return_exceptions=True)
+            for task in self._tasks:
+                task.cancel()
+            self._calls.close()
+
+    def issue(self, microbatch: bytes, tokens: bytes, *, sequences: int, evaluate: bool, step: int) -> None:
+        """Send a microbatch on its way; `on_completed` or `on_abandoned` will name it."""
+        self._execute(
+            self.ledger.issue(
+                microbatch, tokens, sequences=sequences, evaluate=evaluate, step=step, now_s=self._clock()
+            )
+        )
+
+    @property
+    def ready_stages(self) -> int:
+        """Stages that have at least one peer."""
+        return sum(len(wiring) > 0 for wiring in self._wirings)
+
+    def feed(self, event: lg.LedgerEvent) -> None:
+        """Give the ledger an event and do what it says."""
+        self._execute(self.ledger.handle(event, self._clock()))
+        self.changed.set()
+
+    # who is there
+
+    async def _read_rosters(self) -> None:
+        while True:
+            for stage in range(self._config.model.stages):
+                try:
+                    records = await self._directory.roster(stage)
+                except LinkError as error:
+                    log.warning("%s; trying again", error)
+                    continue
+                for record in records:
+                    banned = self._wirings[stage].is_banned(record.peer, self._clock())
+                    if record.peer not in self._watched and not banned:
+                        task = asyncio.create_task(self._watch(stage, record.peer))
+                        self._watched[record.peer] = Watched(stage, task)
+                        task.add_done_callback(lambda done, p=record.peer: self._unwatch(p, done))
+            period_s = self._config.network.announce_s / 2
+            await asyncio.sleep(period_s if self.ready_stages == self._config.model.stages else 0.2)
+
+    def _unwatch(self, peer: PeerId, task: "asyncio.Task[None]") -> None:
+        self._watched.pop(peer, None)
+        self.throttle.gone(peer)
+        self._raise_bug(task)
+
+    async def _watch(self, stage: int, peer: PeerId) -> None:
+        """Follow one peer from the first dial to its end."""
+        lease_s = self._config.network.lease_s
+        heard_s: float | None = None  # its lease is at most this old
+        while True:
+            began_s = self._clock()
+            try:
+                stream = await self._network.open(peer, watch.SERVICE)
+            except LinkError as error:
+                if heard_s is None:
+                    return log.debug("cannot watch: %s", error)
+                now_s = self._clock()
+                if now_s - began_s < REFUSED_S or now_s > heard_s + lease_s:
+                    log.info("peer %s is gone: %s", peer[-8:], error)
+                    return self._gone(peer, left=False)
+                await asyncio.sleep(RETRY_S / 2)
+                continue
+            again, heard_s = heard_s is not None, self._clock()
+            try:
+                left = await self._listen(stream, stage, again)
+            except asyncio.CancelledError:
+                await _say_goodbye(stream)
+                raise
+            except LinkError as error:
+                log.info("watch stream of %s: %s", peer[-8:], error)
+                stream.abort()
+                heard_s = self._heard_s.get(peer, heard_s)
+                if self._clock() > heard_s + lease_s:
+                    return self._gone(peer, left=False)
+                continue
+            if left:
+                log.info("peer %s leaves", peer[-8:])
+                return self._gone(peer, left=True)
+
+    def _gone(self, peer: PeerId, *, left: bool) -> None:
+        self._heard_s.pop(peer, None)
+        self._calls.forget(peer)
+        self.feed(lg.PeerGone(peer, left))
+
+    async def _listen(self, stream: Stream, stage: int, again: bool) -> bool:
+        """Feed what the peer says to the ledger until it says goodbye. Raises LinkError."""
+        peer, beat_s = stream.remote, self._config.network.heartbeat_s
+        lease_s, heard_s, first = self._config.network.lease_s, self._clock(), True
+        await stream.send(pb.WatchPing(session=self.session).SerializeToString())
+        while True:
+            try:
+                async with asyncio.timeout(4 * beat_s):
+                    frame = await stream.receive()
+            except TimeoutError:
+                if self._clock() - heard_s > lease_s:
+                    raise LinkError(peer, f"silent for {lease_s:.1f} s") from None
+                self._wirings[stage].suspend(peer, True)
+                continue
+            if frame is None:
+                return True
+            try:
+                message = pb.WatchFrame.FromString(frame.header)
+            except DecodeError:
+                raise LinkError(peer, "malformed watch frame") from None
+            match message.WhichOneof("content"):
+                case "heartbeat":
+                    heard_s = self._heard_s[peer] = self._clock()
+                    self._wirings[stage].suspend(peer, False)
+                    self.throttle.heard(peer, message.heartbeat.queue)
+                    echo = pb.WatchPing(session=self.session, echo_s=message.heartbeat.sent_at_s)
+                    await stream.send(echo.SerializeToString())
+                    if first:
+                        first = False
+                        self.feed(lg.PeerReady(stage, peer, message.heartbeat.version))
+                        if again:
+                            self.feed(lg.WatchBroke(peer))
+                    self.feed(lg.SteppedEvent(peer, message.heartbeat.version, frozenset()))
+                case "event":
+                    self.feed(_hop_event(peer, message.event))
+                case "stepped":
+                    self.feed(
+                        lg.SteppedEvent(peer, message.stepped.version, frozenset(message.stepped.included))
+                    )
+
+    # commands
+
+    def _execute(self, commands: Iterable[lg.Command]) -> None:
+        for command in lg.batched_releases(commands):
+            match command:
+                case lg.PushTokens():
+                    self._spawn(self._push_tokens(command))
+                case lg.Resend():
+                    self._spawn(self._resend(command))
+                case lg.Cancel():
+                    self._spawn(self._cancel(command))
+                case lg.Release():
+                    self._spawn(self._release(command))
+                case lg.Completed():
+                    if not command.evaluate:
+                        self.throttle.completed()
+                    self._on_completed(command)
+                case lg.Abandoned():
+                    log.warning("gave up a microbatch: %s", command.reason)
+                    self._on_abandoned(command)
+                case lg.Recovered():
+                    self._on_recovered(command)
+
+    async def _push_tokens(self, command: lg.PushTokens) -> None:
+        route = command.route
+        push = Push(
+            route=route,
+            stage=0,
+            backward=False,
+            codec=CODECS[self._config.pipeline.codec],
+            shape=(),
+            tokens=command.tokens,
+            sequences=command.sequences,
+        )
+        status = await self._status(route.peers[0], push.pack())
+        self.feed(lg.Answered(route.peers[0], route.microbatch, route.attempt, status, push=True))
+
+    async def _resend(self, command: lg.Resend) -> None:
+        direction = pb.BACKWARD if command.backward else pb.FORWARD
+        resend = pb.Resend(route=command.route.pack(), direction=direction)
+        status = await self._status(command.peer, pb.HopRequest(resend=resend).SerializeToString())
+        route = command.route
+        self.feed(lg.Answered(command.peer, route.microbatch, route.attempt, status, push=False))
+
+    async def _status(self, peer: PeerId, request: bytes) -> int:
+        try:
+            return parse_reply(peer, (await self._calls.call(peer, request)).header).status
+        except (LinkError, RejectedError) as error:
+            log.debug("%s", error)
+            return pb.LINK
+
+    async def _cancel(self, command: lg.Cancel) -> None:
+        """Ask until the peer answers or is gone: without an answer nobody else may do its work."""
+        ids = tuple(microbatch for microbatch, _ in command.microbatches)
+        attempts = [attempt for _, attempt in command.microbatches]
+        message = pb.Microbatches(session=self.session, ids=ids, attempts=attempts)
+        request = pb.HopRequest(cancel=message).SerializeToString()
+        while command.peer in self._watched:
+            try:
+                frame = await self._calls.call(command.peer, request)
+                reply = parse_reply(command.peer, frame.header)
+            except (LinkError, RejectedError) as error:
+                log.debug("cancel: %s", error)
+                await asyncio.sleep(RETRY_S)
+                continue
+            stands = tuple((a.microbatch, a.step, a.loss) for a in reply.accumulated)
+            return self.feed(lg.CancelAnswered(command.peer, ids, stands))
+
+    async def _release(self, command: lg.Release) -> None:
+        message = pb.Microbatches(session=self.session, ids=command.microbatches)
+        request = pb.HopRequest(release=message).SerializeToString()
+        for _ in range(3):
+            if command.peer not in self._watched:
+                return
+            try:
+                await self._calls.call(command.peer, request)
+                return
+            except AveragingError as error:
+                log.debug("release: %s", error)
+                await asyncio.sleep(RETRY_S)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        self._raise_bug(task)
+
+    @staticmethod
+    def _raise_bug(task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "the pipeline failed: a bug, not the network's doing", "exception": error}
+            )
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._execute(self.ledger.handle(lg.Tick(), self._clock()))
+
+
+async def _say_goodbye(stream: Stream) -> None:
+    try:
+        async with asyncio.timeout(GOODBYE_S):
+            await stream.finish()
+    except (LinkError, TimeoutError):
+        stream.abort()
+
+
+def _hop_event(peer: PeerId, event: pb.Event) -> lg.HopEvent:
+    return lg.HopEvent(
+        peer=peer,
+        kind=event.kind,
+        microbatch=event.microbatch,
+        step=event.step,
+        loss=event.loss,
+        seconds=max(0.0, event.seconds),
+        backward=event.direction == pb.BACKWARD,
+        target=event.target,
+        status=event.status,
+        reason=event.reason[:200],
+    )
