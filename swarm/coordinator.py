@@ -17,6 +17,7 @@ import logging
 import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -30,10 +31,12 @@ STEP_SERVICE, QUERY_SERVICE = "step", "step-query"
 ALIVE_S = 1.0
 OPEN_BALLOTS = 8
 REMEMBERED_PLANS = 256
+MAX_MICROBATCHES = 16_384  # of one member in one step
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Ballot:
     """What one coordinator has heard for one step."""
 
@@ -44,6 +47,7 @@ class Ballot:
     plan: Plan | None = None
     holds: dict[PeerId, bool] = field(default_factory=dict)  # who has the whole mean, who has not
     lost: set[PeerId] = field(default_factory=set)
+    microbatches: set[bytes] = field(default_factory=set)  # that the mean is made of
     ended: bool = False
     reason: str = ""
 
@@ -67,7 +71,7 @@ class Coordinator:
         self._reporting_to, self._suspect = reporting_to, suspect
         self._deadline_s = config.averaging.progress_deadline_s
         self._ballots: list[Ballot] = []
-        self._committed: dict[bytes, None] = {}
+        self._committed: dict[bytes, tuple[bytes, ...]] = {}  # plan -> its microbatches
         self._abandoned: dict[bytes, None] = {}
         self._queries = Calls(network, QUERY_SERVICE, deadline_s=min(2.0, self._deadline_s))
 
@@ -99,6 +103,8 @@ class Coordinator:
             ballot.streams[peer] = stream
             beat = asyncio.create_task(self._beat(stream, ballot))
             while not ballot.ended:
+                if ballot.streams.get(peer) is not stream:
+                    return  # sent away, or it has opened another stream
                 if report is not None:
                     self._take(ballot, peer, report)
                 elif ballot.plan is not None and peer not in ballot.holds:
@@ -129,7 +135,7 @@ class Coordinator:
 
     def _take(self, ballot: Ballot, peer: PeerId, message: pb.FromMember) -> None:
         kind = message.WhichOneof("content")
-        if kind == "report" and ballot.plan is None:
+        if kind == "report" and ballot.plan is None and not ballot.ended:
             report = message.report
             cap = 4.0 * self._config.training.target_batch_tokens
             if report.step != ballot.step or not 0 <= report.weight <= cap or len(report.state_hash) != 8:
@@ -138,6 +144,9 @@ class Coordinator:
             self.consider(ballot)
         elif kind == "done" and ballot.plan is not None:
             ballot.holds[peer] = message.done.ok
+            ballot.microbatches.update(
+                i for i in message.done.microbatches[:MAX_MICROBATCHES] if len(i) == 16
+            )
             ballot.lost.update(p for p in message.done.lost[:64] if p in ballot.plan and p != peer)
             self._finish(ballot)
 
@@ -145,8 +154,8 @@ class Coordinator:
         ballot.streams.pop(peer, None)
         if ballot.plan is None:
             ballot.reports.pop(peer, None)
-            if not ballot.streams and ballot in self._ballots:
-                self._ballots.remove(ballot)
+            if not ballot.streams:
+                self._end(ballot)
         elif not ballot.ended:
             ballot.holds[peer] = False
             self._suspect(peer)
@@ -171,7 +180,8 @@ class Coordinator:
             if ballot.step == step and ballot.plan is None:
                 return ballot
         if len(self._ballots) >= OPEN_BALLOTS:
-            oldest = self._ballots.pop(0)
+            oldest = self._ballots[0]
+            self._end(oldest)
             for stream in oldest.streams.values():
                 stream.abort()
         self._ballots.append(ballot := Ballot(step))
@@ -204,7 +214,7 @@ class Coordinator:
         return decision
 
     def _reconsider(self, ballot: Ballot) -> None:
-        if ballot.plan is None and ballot in self._ballots:
+        if ballot.plan is None and not ballot.ended:
             self.consider(ballot)
 
     def _send_drifted_away(self, ballot: Ballot) -> bool:
@@ -241,17 +251,16 @@ class Coordinator:
         commit = complete and not self.is_abandoned(ballot.plan.key)
         if not commit:
             self.abandon(ballot.plan.key)
-        ballot.ended = True
-        self._ballots.remove(ballot)
+        self._end(ballot)
+        verdict = pb.Verdict(commit=commit, microbatches=sorted(ballot.microbatches) if commit else [])
+        message = pb.FromCoordinator(verdict=verdict)
         for stream in ballot.streams.values():
-            self._say_soon(stream, pb.FromCoordinator(commit=commit))
+            self._say_soon(stream, message)
 
     def step_closed(self, version: int) -> None:
         """This peer has reached `version`: whoever still reports for an earlier step is behind."""
         for ballot in [b for b in self._ballots if b.step < version and b.plan is None]:
-            self._ballots.remove(ballot)
-            for stream in ballot.streams.values():
-                self._say_soon(stream, pb.FromCoordinator(behind=version))
+            self._send_all(ballot, pb.FromCoordinator(behind=version))
 
     # where is everybody?
 
@@ -276,10 +285,16 @@ class Coordinator:
                 self._suspect(peer)
 
     def _send_all(self, ballot: Ballot, message: pb.FromCoordinator) -> None:
-        if ballot.plan is None and ballot in self._ballots:
-            self._ballots.remove(ballot)
+        """Tell every reporter of a ballot that will not close here."""
+        if ballot.plan is None and not ballot.ended:
+            self._end(ballot)
             for stream in ballot.streams.values():
                 self._say_soon(stream, message)
+
+    def _end(self, ballot: Ballot) -> None:
+        ballot.ended = True
+        if ballot in self._ballots:
+            self._ballots.remove(ballot)
 
     async def query(self, peer: PeerId, query: pb.StepQuery) -> pb.StepInfo:
         """Ask another peer about a plan or a step. Raises LinkError."""
@@ -297,6 +312,7 @@ class Coordinator:
         info = pb.StepInfo(version=self._version(), coordinator=self._reporting_to())
         if query.plan:
             info.committed = query.plan in self._committed
+            info.microbatches.extend(self._committed.get(query.plan, ()))
             if not info.committed:
                 self.abandon(query.plan)
         else:
@@ -305,21 +321,21 @@ class Coordinator:
 
     # verdicts
 
-    def commit(self, plan: bytes) -> bool:
+    def commit(self, plan: bytes, microbatches: tuple[bytes, ...]) -> bool:
         """Commit to `plan` unless this peer has promised not to."""
         if plan in self._abandoned:
             return False
-        _remember(self._committed, plan)
+        _remember(self._committed, plan, microbatches)
         return True
 
-    def learn_committed(self, plan: bytes) -> None:
+    def learn_committed(self, plan: bytes, microbatches: tuple[bytes, ...]) -> None:
         """Another member has committed to `plan`: so does this one, whatever it had promised."""
-        _remember(self._committed, plan)
+        _remember(self._committed, plan, microbatches)
 
     def abandon(self, plan: bytes) -> None:
         """Promise never to commit `plan`; no-op if that was done already."""
         if plan not in self._committed:
-            _remember(self._abandoned, plan)
+            _remember(self._abandoned, plan, None)
 
     def is_abandoned(self, plan: bytes) -> bool:
         return plan in self._abandoned
@@ -336,7 +352,7 @@ class Coordinator:
             stream.abort()
 
 
-def _remember(memory: dict[bytes, None], key: bytes) -> None:
-    memory[key] = None
+def _remember(memory: dict[bytes, T], key: bytes, value: T) -> None:
+    memory[key] = value
     while len(memory) > REMEMBERED_PLANS:
         del memory[next(iter(memory))]

@@ -192,12 +192,14 @@ class Heartbeat(_message.Message):
     def __init__(self, sent_at_s: _Optional[float] = ..., queue: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
 class Stepped(_message.Message):
-    __slots__ = ("version", "included")
+    __slots__ = ("version", "microbatches", "closed")
     VERSION_FIELD_NUMBER: _ClassVar[int]
-    INCLUDED_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
     version: int
-    included: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[int] = ..., included: _Optional[_Iterable[str]] = ...) -> None: ...
+    microbatches: _containers.RepeatedScalarFieldContainer[bytes]
+    closed: bool
+    def __init__(self, version: _Optional[int] = ..., microbatches: _Optional[_Iterable[bytes]] = ..., closed: _Optional[bool] = ...) -> None: ...
 
 class WatchFrame(_message.Message):
     __slots__ = ("heartbeat", "event", "stepped")
@@ -222,12 +224,14 @@ class StepReport(_message.Message):
     def __init__(self, step: _Optional[int] = ..., weight: _Optional[float] = ..., state_hash: _Optional[bytes] = ..., frozen: _Optional[bool] = ...) -> None: ...
 
 class StepDone(_message.Message):
-    __slots__ = ("ok", "lost")
+    __slots__ = ("ok", "lost", "microbatches")
     OK_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
     ok: bool
     lost: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, ok: _Optional[bool] = ..., lost: _Optional[_Iterable[str]] = ...) -> None: ...
+    microbatches: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, ok: _Optional[bool] = ..., lost: _Optional[_Iterable[str]] = ..., microbatches: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class FromMember(_message.Message):
     __slots__ = ("report", "done", "alive")
@@ -257,21 +261,29 @@ class StepPlan(_message.Message):
     members: _containers.RepeatedCompositeFieldContainer[PlanMember]
     def __init__(self, key: _Optional[bytes] = ..., step: _Optional[int] = ..., members: _Optional[_Iterable[_Union[PlanMember, _Mapping]]] = ...) -> None: ...
 
+class Verdict(_message.Message):
+    __slots__ = ("commit", "microbatches")
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
+    commit: bool
+    microbatches: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, commit: _Optional[bool] = ..., microbatches: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
 class FromCoordinator(_message.Message):
-    __slots__ = ("alive", "behind", "drifted", "plan", "commit", "moved")
+    __slots__ = ("alive", "behind", "drifted", "plan", "verdict", "moved")
     ALIVE_FIELD_NUMBER: _ClassVar[int]
     BEHIND_FIELD_NUMBER: _ClassVar[int]
     DRIFTED_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
-    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
     alive: bool
     behind: int
     drifted: bool
     plan: StepPlan
-    commit: bool
+    verdict: Verdict
     moved: str
-    def __init__(self, alive: _Optional[bool] = ..., behind: _Optional[int] = ..., drifted: _Optional[bool] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., commit: _Optional[bool] = ..., moved: _Optional[str] = ...) -> None: ...
+    def __init__(self, alive: _Optional[bool] = ..., behind: _Optional[int] = ..., drifted: _Optional[bool] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., moved: _Optional[str] = ...) -> None: ...
 
 class StepQuery(_message.Message):
     __slots__ = ("plan", "step")
@@ -282,16 +294,18 @@ class StepQuery(_message.Message):
     def __init__(self, plan: _Optional[bytes] = ..., step: _Optional[int] = ...) -> None: ...
 
 class StepInfo(_message.Message):
-    __slots__ = ("committed", "version", "coordinator", "reports")
+    __slots__ = ("committed", "microbatches", "version", "coordinator", "reports")
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COORDINATOR_FIELD_NUMBER: _ClassVar[int]
     REPORTS_FIELD_NUMBER: _ClassVar[int]
     committed: bool
+    microbatches: _containers.RepeatedScalarFieldContainer[bytes]
     version: int
     coordinator: str
     reports: int
-    def __init__(self, committed: _Optional[bool] = ..., version: _Optional[int] = ..., coordinator: _Optional[str] = ..., reports: _Optional[int] = ...) -> None: ...
+    def __init__(self, committed: _Optional[bool] = ..., microbatches: _Optional[_Iterable[bytes]] = ..., version: _Optional[int] = ..., coordinator: _Optional[str] = ..., reports: _Optional[int] = ...) -> None: ...
 
 class StateRequest(_message.Message):
     __slots__ = ("stage",)

@@ -255,8 +255,9 @@ class Updater:
                 raise RoundAbandonedError("gradients in it have been given to other peers")
             began_s = asyncio.get_running_loop().time()
             result, lost = await self._average(plan, frozen, stream)
-            committed = await self._verdict(plan, stream, held=result is not None, lost=lost)
-            if not committed:
+            done = pb.StepDone(ok=result is not None, lost=sorted(lost), microbatches=frozen.microbatches)
+            microbatches = await self._verdict(plan, stream, done)
+            if microbatches is None:
                 self._redo = True
                 self.counters["abandoned_plans"] += 1
                 if training.strict:  # what was lost with a member is computed again, for this step
@@ -271,17 +272,18 @@ class Updater:
         finally:
             self._compute.hold(False)
         self.counters["averaging_bytes"] += result.sent_bytes
-        self._applied(plan, averaging_s, result.sent_bytes)
+        self._applied(plan, microbatches, averaging_s, result.sent_bytes)
 
     def _apply(self, mean: torch.Tensor) -> bytes:
         self._stage.apply(mean)
         return self._stage.hash()
 
-    def _applied(self, plan: Plan, averaging_s: float, sent_bytes: int) -> None:
+    def _applied(
+        self, plan: Plan, microbatches: Collection[bytes], averaging_s: float, sent_bytes: int
+    ) -> None:
         version, members = self._stage.version, tuple(m.peer for m in plan.members)
         self.coordinator.step_closed(version)
-        included = [m.peer for m in plan.members if m.weight > 0]
-        self._say_version(version, included)
+        self._say_version(pb.Stepped(version=version, microbatches=microbatches, closed=True))
         self._server.resume_held()
         tokens = sum(m.weight for m in plan.members)
         self._on_step(StepDone(version, members, tokens, averaging_s, sent_bytes, self.state_hash))
@@ -317,23 +319,29 @@ class Updater:
         except LinkError:
             return  # whoever waits for the verdict notices
 
-    async def _verdict(self, plan: Plan, stream: Stream, *, held: bool, lost: frozenset[PeerId]) -> bool:
-        """Report whether the mean is here, and learn what becomes of the plan."""
-        done = pb.FromMember(done=pb.StepDone(ok=held, lost=sorted(lost)))
+    async def _verdict(self, plan: Plan, stream: Stream, done: pb.StepDone) -> tuple[bytes, ...] | None:
+        """Report whether the mean is here, and learn what becomes of the plan.
+
+        Returns the microbatches in the mean if the plan is committed, else None.
+        """
         try:
-            if not held:
+            if not done.ok:
                 self.coordinator.abandon(plan.key)
-            await stream.send(done.SerializeToString())
+            await stream.send(pb.FromMember(done=done).SerializeToString())
             while True:
                 answer = await self._hear(stream)
-                if answer.WhichOneof("content") == "commit":
-                    return answer.commit and held and self.coordinator.commit(plan.key)
+                if answer.WhichOneof("content") == "verdict":
+                    microbatches = tuple(answer.verdict.microbatches)
+                    commit = answer.verdict.commit and done.ok
+                    return (
+                        microbatches if commit and self.coordinator.commit(plan.key, microbatches) else None
+                    )
         except LinkError as error:
             log.info("step %d: coordinator %s before its verdict", plan.step, error)
             self._suspect(plan.coordinator)
-        return held and await self._committed_elsewhere(plan)
+        return await self._committed_elsewhere(plan) if done.ok else None
 
-    async def _committed_elsewhere(self, plan: Plan) -> bool:
+    async def _committed_elsewhere(self, plan: Plan) -> tuple[bytes, ...] | None:
         """The coordinator is gone: has any member committed? If none has, none will any more."""
         self.coordinator.abandon(plan.key)
         query = pb.StepQuery(plan=plan.key)
@@ -341,13 +349,13 @@ class Updater:
         answers = await asyncio.gather(
             *(self.coordinator.query(peer, query) for peer in others), return_exceptions=True
         )
-        unexpected = [a for a in answers if isinstance(a, BaseException) and not isinstance(a, LinkError)]
-        if unexpected:
-            raise unexpected[0]
-        committed = any(isinstance(info, pb.StepInfo) and info.committed for info in answers)
-        if committed:
-            self.coordinator.learn_committed(plan.key)
-        return committed
+        for answer in answers:
+            if isinstance(answer, pb.StepInfo) and answer.committed:
+                self.coordinator.learn_committed(plan.key, tuple(answer.microbatches))
+                return tuple(answer.microbatches)
+            if isinstance(answer, BaseException) and not isinstance(answer, LinkError):
+                raise answer
+        return None
 
     async def _catch_up(self) -> None:
         """Load a donor's state; gradients of earlier versions stay unless they are too old."""
@@ -363,13 +371,12 @@ class Updater:
         self._server.moved_to_step(self._stage.accumulator)
         self.state_hash = await self._in_compute(self._stage.hash)
         self.coordinator.step_closed(self._stage.version)
-        self._say_version(self._stage.version, [])
+        self._say_version(pb.Stepped(version=self._stage.version))
         self._server.resume_held()
 
-    def _say_version(self, version: int, included: list[PeerId]) -> None:
-        stepped = pb.Stepped(version=version, included=included)
+    def _say_version(self, stepped: pb.Stepped) -> None:
         self._server.watchers.say_all(pb.WatchFrame(stepped=stepped).SerializeToString())
-        self._server.announced_version = version
+        self._server.announced_version = stepped.version
 
     async def _give_up_orphans(self) -> None:
         """Throw away sums with gradients that a trainer has given to other peers meanwhile.

@@ -34,6 +34,21 @@ class Schedule:
         self.seed, self.rng = seed, random.Random(seed)
         self.log: list[str] = []
 
+    def trace(self, ledger: object) -> None:
+        """Note everything the ledger hears and says about one microbatch (-t NUMBER)."""
+        traced = int(sys.argv[sys.argv.index("-t") + 1]).to_bytes(16, "big")
+        handle = ledger.handle
+
+        def spy(event, now_s):
+            commands = handle(event, now_s)
+            for thing, sign in [(event, "->"), *((c, "<-") for c in commands)]:
+                if repr(traced) in repr(thing):
+                    text = repr(thing).replace(repr(traced), "M")
+                    self.note(f"{sign} {text[:600]}")
+            return commands
+
+        ledger.handle = spy
+
     def note(self, what: str) -> None:
         self.log.append(f"{self.sim.clock():8.3f}  {what}")
 
@@ -46,11 +61,16 @@ class Schedule:
             for _ in range(self.rng.choice([2, 2, 3])):
                 await sim.start_peer(stage)
         await sim.start_trainer()
+        if "-t" in sys.argv:
+            self.trace(sim.pipeline.ledger)
         await sim.until(lambda: sim.pipeline.ready_stages == 3)
         feeding = asyncio.create_task(self.feed())
         breaking = asyncio.create_task(self.break_things())
         try:
             await sim.until(lambda: self.issued_all and self.all_settled(), 400)
+        except TimeoutError:
+            self.dump()
+            raise
         finally:
             feeding.cancel()
             breaking.cancel()
@@ -64,6 +84,30 @@ class Schedule:
         sim.pipeline_task.cancel()
         await sim.until(lambda: sim.retained_bytes() == 0, 60)
         self.check()
+
+    def dump(self) -> None:
+        """Note what hangs."""
+        for flight in list(self.sim.pipeline.ledger._flights.values()):
+            number = int.from_bytes(flight.id, "big")
+            if number < MICROBATCHES:
+                self.note(f"{number} unplaced {flight.unplaced} attempt {flight.attempt} avoid {flight.avoid}")
+                for hop in flight.hops:
+                    self.note(f"    {hop}")
+        for p in self.sim.peers.values():
+            if hasattr(p.peer, "updater"):
+                updater = p.peer.updater
+                self.note(
+                    f"{p.id} version {p.peer.stage.version} acc {p.peer.stage.accumulator.tokens} "
+                    f"frozen {updater._frozen and updater._frozen.tokens} to {updater._reporting_to} "
+                    f"held {p.peer._compute._queue.held} queued {p.compute.queued} suspects {updater._suspected_s}"
+                )
+                for b in updater.coordinator._ballots:
+                    self.note(f"    step {b.step} {b.reason!r} plan {b.plan is not None} {list(b.reports)} {b.holds}")
+                for hop in p.peer.server.mailbox:
+                    n = int.from_bytes(hop.route.microbatch, "big")
+                    if n < MICROBATCHES:
+                        self.note(f"    {n} {hop.phase} a{hop.route.attempt} grad {hop.grad is not None} {hop.sending} job {hop.job}")
+        self.note(str(self.sim.pipeline.ledger.counters))
 
     def all_settled(self) -> bool:
         """The first microbatches count; later ones only keep the steps closing."""
@@ -173,7 +217,7 @@ def run(seed: int) -> Schedule:
 
 
 def main() -> None:
-    first, count = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    first, count = int(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] and sys.argv[2].isdigit() else 1
     if count == 1:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         logging.getLogger("swarm").setLevel(logging.DEBUG if "-v" in sys.argv else logging.INFO)

@@ -74,6 +74,8 @@ class Sim:
         asyncio.get_running_loop().set_exception_handler(self._on_error)
 
     def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict) -> None:
+        if "was destroyed but it is pending" in context.get("message", ""):
+            return  # of a killed peer
         self.errors.append(f"{context.get('message')}: {context.get('exception')!r}")
 
     async def start_peer(self, stage: int) -> PeerId:

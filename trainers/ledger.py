@@ -53,6 +53,7 @@ class PeerGone:
 
     peer: PeerId
     left: bool = False  # said goodbye: not a failure
+    silent: bool = False  # not known to be dead: steps of its stage may still contain its gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class HopEvent:
     peer: PeerId
     kind: int
     microbatch: bytes
+    attempt: int = 0
     step: int = 0
     loss: float = 0.0
     seconds: float = 0.0
@@ -102,7 +104,7 @@ class CancelAnswered:
 class SteppedEvent:
     peer: PeerId
     version: int
-    included: frozenset[PeerId]
+    microbatches: frozenset[bytes] | None  # in the step that led to it; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,8 @@ class Hop:
     cancelling: bool = False
     step: int = 0
     accumulated_by: PeerId | None = None  # `peer` may later be another one that only supplies neighbours
-    awaits_verdict: bool = False  # who accumulated it is gone; is the gradient in the step?
+    awaits_verdict: bool = False  # whoever may have accumulated it is gone; is it in a step?
+    verdict_s: float = 0.0  # when to stop waiting for one
 
 
 @dataclass(slots=True)
@@ -229,14 +232,17 @@ class Ledger:
         wirings: Sequence[StageWiring],
         hop_deadline_s: float,
         retain_until_step: bool,
+        verdict_s: float = 10.0,
         strict: bool = False,
     ) -> None:
+        """`verdict_s`: how long a step may take to close around a member that has fallen silent."""
+        self._verdict_s = verdict_s
         self._trainer, self._session, self._wirings = trainer, session, wirings
         self._hop_deadline_s, self._retain, self._strict = hop_deadline_s, retain_until_step, strict
         self._flights: dict[bytes, Flight] = {}
         self._stage_of: dict[PeerId, int] = {}
         self._versions: list[dict[PeerId, int]] = [{} for _ in wirings]
-        self._included: list[dict[int, frozenset[PeerId]]] = [{} for _ in wirings]
+        self._contents: list[dict[int, frozenset[bytes]]] = [{} for _ in wirings]  # of applied steps
         self._recovering: dict[PeerId, tuple[float, set[tuple[bytes, int]], int]] = {}
         self.counters: Counter[str] = Counter()
 
@@ -336,9 +342,14 @@ class Ledger:
             if hop.phase is Phase.SETTLED or (hop.phase is Phase.ACCUMULATED and not self._strict):
                 if s > 0 and flight.hops[s - 1].phase < Phase.ACCUMULATED:
                     commands += self._place(flight, now_s, suppliers={s})  # was its gradient delivered?
-                if hop.phase is Phase.ACCUMULATED:
-                    hop.awaits_verdict = hop.accumulated_by == event.peer or hop.awaits_verdict
+                if hop.phase is Phase.ACCUMULATED and hop.accumulated_by == event.peer:
+                    hop.awaits_verdict, hop.verdict_s = True, float("inf")
                     commands += self._judge(flight, s, now_s)
+                continue
+            if event.silent and not self._strict and not flight.evaluate:
+                # It may have accumulated this just before its lease ended, and be in a step that closes now.
+                hop.awaits_verdict, hop.verdict_s = True, now_s + self._verdict_s
+                hop.step, hop.cancelling, hop.due_s = self._newest(stage), False, None
                 continue
             flight.completed = False  # strict: what was accumulated there is computed again, too
             moved.add((flight.id, s))
@@ -465,11 +476,11 @@ class Ledger:
         target = flight.hops[next_stage]
         if event.status == pb.CLOSED and target.peer == event.target:
             return self._in_closed_step(flight, next_stage, now_s)
-        if target.peer is None or (target.peer != event.target and flight.unplaced):
+        if flight.unplaced:
             return []  # a new route is about to be made
         if target.phase >= Phase.ACCUMULATED and target.accumulated_by == target.peer:
             return []  # it got there another way
-        if target.peer != event.target:
+        if target.peer != event.target or event.attempt != flight.attempt:  # it speaks of an older route
             return [Resend(event.peer, self._route(flight), event.backward)]
         if event.status == pb.BUSY:
             return self._busy(
@@ -514,7 +525,8 @@ class Ledger:
         hop = flight.hops[stage]
         if not event.push:
             if event.status == pb.UNKNOWN and hop.has_input and hop.phase < Phase.ACCUMULATED:
-                return self._reroute(flight, {stage}, now_s)
+                hop.cancelling = True  # it may have arrived since it said so
+                return [Cancel(event.peer, ((flight.id, flight.attempt),))]
             return []
         if event.status in (pb.ACCEPTED, pb.DUPLICATE):
             return self._has_input(flight, 0, now_s)
@@ -642,16 +654,35 @@ class Ledger:
         stage = self._stage_of.get(event.peer)
         if stage is None:
             return []
-        versions, included = self._versions[stage], self._included[stage]
+        versions, contents = self._versions[stage], self._contents[stage]
+        if event.version <= versions.get(event.peer, 0) and event.microbatches is None:
+            return []  # a heartbeat without news
         versions[event.peer] = max(versions.get(event.peer, 0), event.version)
-        if event.included:
-            included[event.version - 1] = event.included
-            while len(included) > REMEMBERED_STEPS:
-                del included[min(included)]
-        commands = self._settle(stage, now_s)
+        commands: list[Command] = []
+        if event.microbatches is not None and event.version - 1 not in contents:
+            contents[event.version - 1] = event.microbatches
+            while len(contents) > REMEMBERED_STEPS:
+                del contents[min(contents)]
+            commands += self._inside(stage, event.version - 1, event.microbatches, now_s)
         for flight in list(self._flights.values()):
             if flight.hops[stage].awaits_verdict:
                 commands += self._judge(flight, stage, now_s)
+        return commands + self._settle(stage, now_s)
+
+    def _inside(self, stage: int, step: int, microbatches: frozenset[bytes], now_s: float) -> list[Command]:
+        """A step was applied with these microbatches in it, whoever was thought to work on them."""
+        commands: list[Command] = []
+        for flight in [self._flights[m] for m in microbatches if m in self._flights]:
+            hop = flight.hops[stage]
+            if hop.phase < Phase.ACCUMULATED and hop.peer is not None and not hop.awaits_verdict:
+                commands.append(Cancel(hop.peer, ((flight.id, flight.attempt),)))
+            flight.unplaced.discard(stage)
+            hop.awaits_verdict = False
+            commands += self._accumulated(flight, stage, step, flight.loss, now_s)
+            hop.step = step
+            below = flight.hops[stage - 1] if stage > 0 else None
+            if hop.peer not in self._stage_of and below is not None and below.phase < Phase.ACCUMULATED:
+                commands += self._place(flight, now_s, suppliers={stage})
         return commands
 
     def _settle(self, stage: int, now_s: float) -> list[Command]:
@@ -664,31 +695,40 @@ class Ledger:
     def _settle_hop(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
         """Settle an accumulated hop once every live peer of its stage has applied its step."""
         hop = flight.hops[stage]
-        settled = hop.phase is Phase.ACCUMULATED and not hop.awaits_verdict
-        if settled and self._versions[stage] and hop.step < self.floor(stage):
+        known = self._contents[stage].get(hop.step)
+        inside = known is None or flight.id in known  # else its peer fell behind and will count it later
+        if hop.phase is not Phase.ACCUMULATED or hop.awaits_verdict or not inside:
+            return []
+        if self._versions[stage] and hop.step < self.floor(stage):
             hop.phase = Phase.SETTLED
             return self._finish_if_settled(flight)
         return []
 
     def _judge(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
-        """Whoever accumulated this hop is gone: is its gradient in the step it was meant for?"""
+        """Whoever may have accumulated this hop is gone: is its gradient in a step?
+
+        It is not once the step it was meant for, or a later one, has closed without it.
+        """
         hop = flight.hops[stage]
-        if not hop.awaits_verdict:
-            return []
-        newest = max(self._included[stage], default=-1)
-        if hop.step in self._included[stage]:
-            inside = hop.accumulated_by in self._included[stage][hop.step]
-        elif newest > hop.step or not self._versions[stage]:
-            inside = False  # closed without anyone here hearing of it, or nobody is left who knows
-        else:
+        closed = any(step >= hop.step for step in self._contents[stage])
+        if any(flight.id in contents for contents in self._contents[stage].values()):
+            hop.awaits_verdict = False
+            return self._accumulated(flight, stage, hop.step, flight.loss, now_s) + self._settle_hop(
+                flight, stage, now_s
+            )
+        if not closed and self._versions[stage] and now_s < hop.verdict_s:
             return []
         hop.awaits_verdict = False
-        if not inside and (self._retain or not flight.completed):
+        if hop.phase < Phase.ACCUMULATED or self._retain or not flight.completed:
             flight.completed = False
             return self._reroute(flight, {stage}, now_s)
-        self.counters["lost"] += not inside
+        self.counters["lost"] += 1
         hop.phase = Phase.SETTLED
         return self._finish_if_settled(flight)
+
+    def _newest(self, stage: int) -> int:
+        """The step that the stage is about to close."""
+        return max(self._versions[stage].values(), default=0)
 
     def _finish_if_settled(self, flight: Flight) -> list[Command]:
         if any(hop.phase is not Phase.SETTLED for hop in flight.hops) or flight.id not in self._flights:
@@ -709,6 +749,9 @@ class Ledger:
             flight.retries = [r for r in flight.retries if r[0] > now_s]
             commands += [again for _, again, attempt in due if attempt == flight.attempt]
             for stage, hop in enumerate(flight.hops):
+                if hop.awaits_verdict:
+                    commands += self._judge(flight, stage, now_s)
+                    continue
                 late = hop.due_s is not None and now_s - hop.due_s > self._hop_deadline_s
                 if late and hop.phase < Phase.ACCUMULATED and not hop.cancelling and hop.peer is not None:
                     has_gradient = (

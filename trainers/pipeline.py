@@ -76,6 +76,7 @@ class Pipeline:
             wirings=self._wirings,
             hop_deadline_s=config.pipeline.hop_deadline_s,
             retain_until_step=config.retains_until_step,
+            verdict_s=4 * config.averaging.progress_deadline_s,
             strict=config.training.strict,
         )
         self.throttle = Throttle(most=config.pipeline.in_flight, stages=config.model.stages)
@@ -154,9 +155,10 @@ class Pipeline:
                 if heard_s is None:
                     return log.debug("cannot watch: %s", error)
                 now_s = self._clock()
-                if now_s - began_s < REFUSED_S or now_s > heard_s + lease_s:
+                refused = now_s - began_s < REFUSED_S
+                if refused or now_s > heard_s + lease_s:
                     log.info("peer %s is gone: %s", peer[-8:], error)
-                    return self._gone(peer, left=False)
+                    return self._gone(lg.PeerGone(peer, silent=not refused))
                 await asyncio.sleep(RETRY_S / 2)
                 continue
             again, heard_s = heard_s is not None, self._clock()
@@ -170,16 +172,16 @@ class Pipeline:
                 stream.abort()
                 heard_s = self._heard_s.get(peer, heard_s)
                 if self._clock() > heard_s + lease_s:
-                    return self._gone(peer, left=False)
+                    return self._gone(lg.PeerGone(peer, silent=True))
                 continue
             if left:
                 log.info("peer %s leaves", peer[-8:])
-                return self._gone(peer, left=True)
+                return self._gone(lg.PeerGone(peer, left=True))
 
-    def _gone(self, peer: PeerId, *, left: bool) -> None:
-        self._heard_s.pop(peer, None)
-        self._calls.forget(peer)
-        self.feed(lg.PeerGone(peer, left))
+    def _gone(self, event: lg.PeerGone) -> None:
+        self._heard_s.pop(event.peer, None)
+        self._calls.forget(event.peer)
+        self.feed(event)
 
     async def _listen(self, stream: Stream, stage: int, again: bool) -> bool:
         """Feed what the peer says to the ledger until it says goodbye. Raises LinkError."""
@@ -213,13 +215,13 @@ class Pipeline:
                         self.feed(lg.PeerReady(stage, peer, message.heartbeat.version))
                         if again:
                             self.feed(lg.WatchBroke(peer))
-                    self.feed(lg.SteppedEvent(peer, message.heartbeat.version, frozenset()))
+                    self.feed(lg.SteppedEvent(peer, message.heartbeat.version, None))
                 case "event":
                     self.feed(_hop_event(peer, message.event))
                 case "stepped":
-                    self.feed(
-                        lg.SteppedEvent(peer, message.stepped.version, frozenset(message.stepped.included))
-                    )
+                    stepped = message.stepped
+                    contents = frozenset(stepped.microbatches) if stepped.closed else None
+                    self.feed(lg.SteppedEvent(peer, stepped.version, contents))
 
     # commands
 
@@ -337,6 +339,7 @@ def _hop_event(peer: PeerId, event: pb.Event) -> lg.HopEvent:
         peer=peer,
         kind=event.kind,
         microbatch=event.microbatch,
+        attempt=event.attempt,
         step=event.step,
         loss=event.loss,
         seconds=max(0.0, event.seconds),
