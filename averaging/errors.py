@@ -6,12 +6,15 @@ class AveragingError(Exception):
 
 
 class LinkError(AveragingError):
-    """A stream to `peer` could not be opened or broke; use another peer or open it again."""
+    """A stream to `peer` could not be opened or broke; use another peer or open it again.
 
-    def __init__(self, peer: str, what: str) -> None:
+    `refused`: the dial was answered by a machine on which the peer does not run any more; otherwise it may
+    be alive behind a broken link.
+    """
+
+    def __init__(self, peer: str, what: str, *, refused: bool = False) -> None:
         super().__init__(f"link to {peer[-8:]}: {what}")
-        self.peer = peer
-        self.what = what
+        self.peer, self.what, self.refused = peer, what, refused
 
 
 class ProtocolError(AveragingError):

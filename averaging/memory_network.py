@@ -223,7 +223,7 @@ class MemoryHub:
             await asyncio.sleep(0.05)  # noqa: ASYNC110 - a stopped or cut-off process does not answer
         network = self._networks.get(target)
         if network is None:
-            raise LinkError(target, "cannot be dialled")
+            raise LinkError(target, "nobody is there", refused=True)
         if service not in network.services:
             raise LinkError(target, f"does not serve {service!r}")
         near, far = self._pair(source, network, service, max_payload_bytes)

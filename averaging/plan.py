@@ -77,7 +77,8 @@ def decide(
 
     Args:
         target: weight at which a step closes.
-        expected: live peers that should be in the plan; they are waited for `grace_s`, not longer.
+        expected: live peers that should be in the plan; they are waited for `grace_s`, and longer if they
+            might be a majority that cannot be reached from here.
         waited_s: seconds since the target was reached (0 if it was not).
         all_or_nothing: close on nothing but the whole target, also after an abandoned plan.
     """
@@ -86,11 +87,22 @@ def decide(
     if total < target and (all_or_nothing or not redo):
         return Decision(False, f"{total:g} of {target:g}")
     missing = [peer for peer in expected if peer not in reports]
+    if missing and not has_quorum(reports, expected):
+        return Decision(False, f"{len(missing)} live peers cannot be reached and might close it, too")
     if missing and waited_s < grace_s:
         return Decision(False, f"waiting for {len(missing)} that have not reported")
     if redo and total < target:
         return Decision(True, f"{total:g} of {target:g} left after an abandoned plan")
     return Decision(True, f"{total:g} of {target:g} reached")
+
+
+def has_quorum(present: Collection[PeerId], live: Collection[PeerId]) -> bool:
+    """Whether these may act without the rest: more than half of the live peers, or the half with the first.
+
+    Of two sides of a broken link at most one has it, so a stage does not split in two.
+    """
+    inside = sum(peer in present for peer in live)
+    return 2 * inside > len(live) or (2 * inside == len(live) and min(live) in present)
 
 
 def make_plan(*, step: int, coordinator: PeerId, reports: Mapping[PeerId, Report], nonce: bytes) -> Plan:

@@ -30,6 +30,7 @@ from swarm.config import RunConfig
 STEP_SERVICE, QUERY_SERVICE = "step", "step-query"
 ALIVE_S = 1.0
 OPEN_BALLOTS = 8
+MOST_TARGETS = 4.0  # nobody's gradient weighs more than this many steps, whatever it claims
 REMEMBERED_PLANS = 256
 MAX_MICROBATCHES = 16_384  # of one member in one step
 T = TypeVar("T")
@@ -63,9 +64,10 @@ class Coordinator:
         version: Callable[[], int],
         expected: Callable[[], Collection[PeerId]],
         reporting_to: Callable[[], PeerId],
-        suspect: Callable[[PeerId], None],
+        suspect: Callable[[LinkError], None],
     ) -> None:
-        """`expected` are the live peers of the stage; `reporting_to` is this peer's own coordinator."""
+        """`expected` are the live peers of the stage; `reporting_to` is this peer's own coordinator;
+        `suspect` hears of every dial that failed."""
         self._network, self._config = network, config
         self._version, self._expected = version, expected
         self._reporting_to, self._suspect = reporting_to, suspect
@@ -118,6 +120,8 @@ class Coordinator:
                 beat.cancel()
             if ballot is not None and ballot.streams.get(peer) is stream:
                 self._leave(ballot, peer)
+                if not ballot.ended:
+                    await self._look_for(ballot)  # is it dead, or only its stream?
 
     async def _receive(self, stream: Stream) -> pb.FromMember | None:
         """The next message; None after a deadline without one: reports come only when there is news."""
@@ -137,7 +141,7 @@ class Coordinator:
         kind = message.WhichOneof("content")
         if kind == "report" and ballot.plan is None and not ballot.ended:
             report = message.report
-            cap = 4.0 * self._config.training.target_batch_tokens
+            cap = MOST_TARGETS * self._config.training.target_batch_tokens
             if report.step != ballot.step or not 0 <= report.weight <= cap or len(report.state_hash) != 8:
                 raise ProtocolError(peer, f"report of weight {report.weight} for step {report.step}")
             ballot.reports[peer] = Report(report.weight, report.state_hash, report.frozen)
@@ -158,7 +162,6 @@ class Coordinator:
                 self._end(ballot)
         elif not ballot.ended:
             ballot.holds[peer] = False
-            self._suspect(peer)
             self._finish(ballot)
 
     async def _beat(self, stream: Stream, ballot: Ballot) -> None:
@@ -281,8 +284,8 @@ class Coordinator:
                         theirs.reports > mine or (theirs.reports == mine and rival < self._network.peer_id)
                     ):
                         return self._send_all(ballot, pb.FromCoordinator(moved=rival))
-            except LinkError:
-                self._suspect(peer)
+            except LinkError as error:
+                self._suspect(error)
 
     def _send_all(self, ballot: Ballot, message: pb.FromCoordinator) -> None:
         """Tell every reporter of a ballot that will not close here."""

@@ -34,6 +34,7 @@ GREETING = struct.Struct("<4sH")
 MAGIC = b"SWRM"
 DAEMON_START_S = 90.0  # the engine's own 15 s is too short on loaded machines
 DIAL_S = 10.0
+REFUSED_S = 1.0  # a dial that fails sooner was answered: the machine is there, the process is not
 PROGRESS_S = 5.0
 
 Addresses = Callable[[PeerId], Sequence[str]]
@@ -109,13 +110,17 @@ class HivemindNetwork:
     async def open(self, peer: PeerId, service: str, *, max_payload_bytes: int = 0) -> Stream:
         if peer == self.peer_id:
             return await self._loopback.open(peer, service, max_payload_bytes=max_payload_bytes)
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
         try:
             async with asyncio.timeout(DIAL_S):
                 return await self._dial(peer, service, max_payload_bytes)
         except TimeoutError:
             raise LinkError(peer, f"{service!r} did not answer within {DIAL_S:.0f} s") from None
         except (P2PDaemonError, OSError, EOFError, ValueError) as error:
-            raise LinkError(peer, f"cannot open {service!r}: {error}") from None
+            refused = loop.time() - began_s < REFUSED_S
+            what = str(error).partition(chr(10))[0]
+            raise LinkError(peer, f"cannot open {service!r}: {what}", refused=refused) from None
 
     async def _dial(self, peer: PeerId, service: str, max_payload_bytes: int) -> Stream:
         remote = PeerID.from_base58(peer)

@@ -31,7 +31,7 @@ from averaging.plan import Member, Plan, check_plan, coordinator_order
 from swarm import swarm_pb2 as pb
 from swarm.compute import Compute, Priority
 from swarm.config import RunConfig
-from swarm.coordinator import ALIVE_S, STEP_SERVICE, Coordinator
+from swarm.coordinator import ALIVE_S, MOST_TARGETS, STEP_SERVICE, Coordinator
 from swarm.mailbox import Phase
 from swarm.server import HopServer
 from swarm.stage import Accumulator, Stage
@@ -91,9 +91,10 @@ class Updater:
             network,
             codec=CODECS[config.averaging.codec],
             progress_s=self._deadline_s,
-            max_weight=4.0 * config.training.target_batch_tokens,
+            max_weight=MOST_TARGETS * config.training.target_batch_tokens,
         )
-        self._suspected_s: dict[PeerId, float] = {}
+        self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
+        self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
         self._reporting_to: PeerId = ""
         self._redo = False  # a plan of this step was abandoned
         self._frozen: Accumulator | None = None
@@ -131,25 +132,30 @@ class Updater:
                 await self._catch_up()
             except LinkError as error:
                 log.info("step %d: coordinator %s", self._stage.version, error)
-                self._suspect(coordinator)
+                self._suspect(error)
             except AveragingError as error:
                 log.info("step %d: %s", self._stage.version, error)
 
     # who
 
     def _live(self) -> list[PeerId]:
-        now_s = asyncio.get_running_loop().time()
-        recent_s = now_s - self._config.network.expire_s
-        self._suspected_s = {p: at for p, at in self._suspected_s.items() if at > recent_s}
-        return [*(p for p in self._roster() if p not in self._suspected_s), self._network.peer_id]
+        """The peers of the stage that are not known to be dead, this one included."""
+        recent_s = asyncio.get_running_loop().time() - self._config.network.expire_s
+        self._dead_s = {p: at for p, at in self._dead_s.items() if at > recent_s}
+        return [*(p for p in self._roster() if p not in self._dead_s), self._network.peer_id]
 
-    def _suspect(self, peer: PeerId) -> None:
-        if peer != self._network.peer_id:
-            self._suspected_s[peer] = asyncio.get_running_loop().time()
+    def _suspect(self, error: LinkError) -> None:
+        """A dial failed: its peer is dead, or cannot be reached from here for now."""
+        if error.peer != self._network.peer_id:
+            suspected = self._dead_s if error.refused else self._unreachable_s
+            suspected[error.peer] = asyncio.get_running_loop().time()
 
     def _next_coordinator(self) -> PeerId:
+        recent_s = asyncio.get_running_loop().time() - self._deadline_s
+        self._unreachable_s = {p: at for p, at in self._unreachable_s.items() if at > recent_s}
+        reachable = [peer for peer in self._live() if peer not in self._unreachable_s]
         step = self._stage.version
-        return coordinator_order(self._live(), run=self._run, stage=self._stage.stage, step=step)[0]
+        return coordinator_order(reachable, run=self._run, stage=self._stage.stage, step=step)[0]
 
     # one step
 
@@ -199,10 +205,11 @@ class Updater:
 
     def _weight(self, step: int) -> float:
         """Tokens this peer has for `step`."""
+        most = MOST_TARGETS * self._config.training.target_batch_tokens
         if self._frozen is not None:
-            return float(self._frozen.tokens)
+            return min(most, float(self._frozen.tokens))
         if not self._config.training.strict:
-            return float(self._stage.accumulator.tokens)
+            return min(most, float(self._stage.accumulator.tokens))
         # Strict: only what the stage before has received. Once the step is applied here, the weights
         # that could compute its gradient again are gone.
         return float(
@@ -299,7 +306,7 @@ class Updater:
                 plan,
                 self._network.peer_id,
                 vector=vector,
-                weight=float(frozen.tokens),
+                weight=min(MOST_TARGETS * self._config.training.target_batch_tokens, float(frozen.tokens)),
                 all_reduce=self._all_reduce,
             )
             return result, frozenset()
@@ -338,7 +345,6 @@ class Updater:
                     )
         except LinkError as error:
             log.info("step %d: coordinator %s before its verdict", plan.step, error)
-            self._suspect(plan.coordinator)
         return await self._committed_elsewhere(plan) if done.ok else None
 
     async def _committed_elsewhere(self, plan: Plan) -> tuple[bytes, ...] | None:

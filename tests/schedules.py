@@ -90,7 +90,9 @@ class Schedule:
         for flight in list(self.sim.pipeline.ledger._flights.values()):
             number = int.from_bytes(flight.id, "big")
             if number < MICROBATCHES:
-                self.note(f"{number} unplaced {flight.unplaced} attempt {flight.attempt} avoid {flight.avoid}")
+                self.note(
+                    f"{number} unplaced {flight.unplaced} attempt {flight.attempt} avoid {flight.avoid}"
+                )
                 for hop in flight.hops:
                     self.note(f"    {hop}")
         for p in self.sim.peers.values():
@@ -99,14 +101,18 @@ class Schedule:
                 self.note(
                     f"{p.id} version {p.peer.stage.version} acc {p.peer.stage.accumulator.tokens} "
                     f"frozen {updater._frozen and updater._frozen.tokens} to {updater._reporting_to} "
-                    f"held {p.peer._compute._queue.held} queued {p.compute.queued} suspects {updater._suspected_s}"
+                    f"held {p.peer._compute._queue.held} queued {p.compute.queued} dead {updater._dead_s}"
                 )
                 for b in updater.coordinator._ballots:
-                    self.note(f"    step {b.step} {b.reason!r} plan {b.plan is not None} {list(b.reports)} {b.holds}")
+                    self.note(
+                        f"    step {b.step} {b.reason!r} plan {b.plan is not None} {list(b.reports)} {b.holds}"
+                    )
                 for hop in p.peer.server.mailbox:
                     n = int.from_bytes(hop.route.microbatch, "big")
                     if n < MICROBATCHES:
-                        self.note(f"    {n} {hop.phase} a{hop.route.attempt} grad {hop.grad is not None} {hop.sending} job {hop.job}")
+                        self.note(
+                            f"    {n} {hop.phase} a{hop.route.attempt} grad {hop.grad is not None} {hop.sending} job {hop.job}"
+                        )
         self.note(str(self.sim.pipeline.ledger.counters))
 
     def all_settled(self) -> bool:

@@ -35,7 +35,6 @@ from swarm.wiring import StageWiring
 from trainers import ledger as lg
 from trainers.throttle import Throttle
 
-REFUSED_S = 1.0  # a dial that fails sooner was refused by a live machine: the process is dead
 TICK_S = 0.05
 RETRY_S = 0.5
 GOODBYE_S = 1.0
@@ -148,17 +147,15 @@ class Pipeline:
         lease_s = self._config.network.lease_s
         heard_s: float | None = None  # its lease is at most this old
         while True:
-            began_s = self._clock()
             try:
                 stream = await self._network.open(peer, watch.SERVICE)
             except LinkError as error:
                 if heard_s is None:
                     return log.debug("cannot watch: %s", error)
                 now_s = self._clock()
-                refused = now_s - began_s < REFUSED_S
-                if refused or now_s > heard_s + lease_s:
+                if error.refused or now_s > heard_s + lease_s:
                     log.info("peer %s is gone: %s", peer[-8:], error)
-                    return self._gone(lg.PeerGone(peer, silent=not refused))
+                    return self._gone(lg.PeerGone(peer, silent=not error.refused))
                 await asyncio.sleep(RETRY_S / 2)
                 continue
             again, heard_s = heard_s is not None, self._clock()
