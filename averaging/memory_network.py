@@ -109,7 +109,8 @@ class MemoryHub:
     hung: set[PeerId] = field(default_factory=set)
     cut: set[frozenset[PeerId]] = field(default_factory=set)
     _networks: dict[PeerId, "MemoryNetwork"] = field(default_factory=dict)
-    _streams: dict[PeerId, set[MemoryStream]] = field(default_factory=dict)
+    # Dictionaries as ordered sets: the order in which streams break must not depend on addresses.
+    _streams: dict[PeerId, dict[MemoryStream, None]] = field(default_factory=dict)
     _waiting: dict[PeerId, list[Callable[[], None]]] = field(default_factory=dict)  # for a hung peer
 
     def network(self, peer_id: PeerId) -> "MemoryNetwork":
@@ -201,12 +202,12 @@ class MemoryHub:
         near = MemoryStream(self, source, target.peer_id, service, reply_limit_bytes)
         far = MemoryStream(self, target.peer_id, source, service, limit_bytes)
         near._twin, far._twin, near.from_dialer = far, near, True
-        self._streams.setdefault(source, set()).add(near)
-        self._streams.setdefault(target.peer_id, set()).add(far)
+        self._streams.setdefault(source, {})[near] = None
+        self._streams.setdefault(target.peer_id, {})[far] = None
         return near, far
 
     def closed(self, stream: MemoryStream) -> None:
-        self._streams.get(stream._local, set()).discard(stream)
+        self._streams.get(stream._local, {}).pop(stream, None)
 
     async def dial(
         self, source: PeerId, target: PeerId, service: str, max_payload_bytes: int
@@ -238,7 +239,7 @@ class MemoryNetwork:
         self.peer_id = peer_id
         self.services: dict[str, tuple[Handler, int]] = {}
         self._hub = hub
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}
 
     async def open(self, peer: PeerId, service: str, *, max_payload_bytes: int = 0) -> MemoryStream:
         return await self._hub.dial(self.peer_id, peer, service, max_payload_bytes)
@@ -249,11 +250,11 @@ class MemoryNetwork:
     def start(self, stream: MemoryStream, service: str) -> None:
         """Run the handler of `service` on the listening end of a new stream."""
         task = asyncio.ensure_future(self.services[service][0](stream))
-        self._tasks.add(task)  # type: ignore[arg-type]
+        self._tasks[task] = None  # type: ignore[index]
         task.add_done_callback(self._ended)  # type: ignore[arg-type]
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             asyncio.get_running_loop().call_exception_handler(
                 {"message": f"a stream handler of {self.peer_id} failed", "exception": error, "task": task}

@@ -55,6 +55,7 @@ class Hop:
     arrived_s: float = 0.0
     version: int = 0  # of the weights the forward used
     step: int = 0  # it was accumulated for
+    counted: bool = False  # its gradient is in a sum here; else it only supplied its neighbours
     loss: float = 0.0
     delivered: bool = False  # the input's gradient is with the peer before
     sending: set[bool] = field(default_factory=set)  # directions being pushed right now
@@ -131,6 +132,10 @@ class Mailbox:
         )
         while len(self._buried) > TOMBSTONES:
             self._buried.popitem(last=False)
+
+    def forget(self, microbatch: bytes) -> None:
+        """Make room for the same microbatch to come again."""
+        self._hops.pop(microbatch, None)
 
     def of_session(self, trainer: PeerId, session: bytes) -> list[Hop]:
         return [h for h in self._hops.values() if h.route.trainer == trainer and h.route.session == session]

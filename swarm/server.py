@@ -90,7 +90,7 @@ class HopServer:
         )
         self._codec = CODECS[config.pipeline.codec]
         self._calls = Calls(network, SERVICE, deadline_s=config.averaging.progress_deadline_s)
-        self._pushes: set[asyncio.Task[None]] = set()
+        self._pushes: dict[asyncio.Task[None], None] = {}
         self._graphs = 0
         self.counters: Counter[str] = Counter()  # cumulative, by metric name
         self.rejections: Counter[PeerId] = Counter()  # by sender
@@ -113,7 +113,7 @@ class HopServer:
         await self.watchers.say_goodbye()
 
     def close(self) -> None:
-        for task in self._pushes:
+        for task in list(self._pushes):
             task.cancel()
         self._calls.close()
 
@@ -152,6 +152,10 @@ class HopServer:
             if hop.push.route.trainer != route.trainer or hop.push.tokens != push.tokens:
                 raise RejectedError(sender, "two microbatches with one id")
             self.mailbox.adopt(hop, route)
+            if self._must_count_after_all(hop):
+                self.mailbox.forget(route.microbatch)
+                hop = None
+        if hop is not None:
             if hop.phase is Phase.ACCUMULATED or self._has(hop, push):
                 self.counters["duplicates"] += 1
                 return pb.DUPLICATE
@@ -191,6 +195,11 @@ class HopServer:
         if push.shape != expected or (push.backward and stage.is_last):
             raise RejectedError(sender, f"a tensor of shape {push.shape} instead of {expected}")
 
+    def _must_count_after_all(self, hop: Hop) -> bool:
+        """It was computed here to supply neighbours; now its gradient is found missing from its step."""
+        supplied = hop.phase is Phase.ACCUMULATED and not hop.counted
+        return supplied and self._stage.stage not in hop.route.accumulated
+
     @staticmethod
     def _has(hop: Hop, push: Push) -> bool:
         if push.backward:
@@ -227,7 +236,7 @@ class HopServer:
             if hop is not None and hop.job is not None and not hop.job.cancel():
                 await asyncio.wait([asyncio.wrap_future(hop.job)])
                 await asyncio.sleep(0)  # let the job's own continuation record what it did
-            if hop is not None and hop.phase is Phase.ACCUMULATED:
+            if hop is not None and hop.phase is Phase.ACCUMULATED and hop.counted:
                 answer.accumulated.add(microbatch=microbatch, step=hop.step, loss=hop.loss)
             else:
                 self._drop_if_of(sender, message.session, microbatch, attempts.get(microbatch))
@@ -306,11 +315,11 @@ class HopServer:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
-        self._pushes.add(task)
+        self._pushes[task] = None
         task.add_done_callback(self._ended)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
-        self._pushes.discard(task)
+        self._pushes.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             asyncio.get_running_loop().call_exception_handler(
                 {"message": "serving a hop failed: a bug, not the network's doing", "exception": error}
@@ -346,7 +355,8 @@ class HopServer:
         hop.delivered = hop.gradient is None
         self.counters["microbatches"] += 1
         self.counters["tokens"] += hop.push.token_count
-        self._report(hop, pb.BACKWARDED, step=hop.step, loss=hop.loss)
+        if hop.counted:
+            self._report(hop, pb.BACKWARDED, step=hop.step, loss=hop.loss)
         if hop.gradient is not None and self._stage.stage > hop.route.backward_until:
             await self._push(hop, backward=True)
         else:
@@ -409,6 +419,9 @@ class HopServer:
 
     def _backward_job(self, hop: Hop) -> None:
         assert hop.grad is not None
+        if self._stage.version - hop.version > self._config.training.max_staleness:
+            self.counters["too_stale"] += 1  # its own weights have gone on too far: compute it with new ones
+            self._drop_graph(hop)
         graph = hop.graph or self._recompute(hop)
         gradients, grad_x = self._stage.backward(graph, hop.grad)
         self._accumulate(hop, gradients, grad_x)
@@ -429,11 +442,9 @@ class HopServer:
         hop.gradient = None if grad_x is None else Sent(self._codec.encode(grad_x), tuple(grad_x.shape))
         if self._stage.stage in hop.route.accumulated:  # it only supplies its neighbours
             hop.step = self._stage.accumulator.step
-        elif self._stage.version - hop.version > self._config.training.max_staleness:
-            self.counters["too_stale"] += 1
-            hop.step = self._stage.accumulator.step
         else:
             hop.step = self._stage.accumulate(hop.route.microbatch, gradients, hop.push.token_count)
+            hop.counted = True
         # Here, not on the event loop: a cancel that comes next must find what is already true.
         hop.phase = Phase.ACCUMULATED
 

@@ -63,6 +63,7 @@ class Schedule:
         await sim.start_trainer()
         if "-t" in sys.argv:
             self.trace(sim.pipeline.ledger)
+            sim.on_log = self.note
         await sim.until(lambda: sim.pipeline.ready_stages == 3)
         feeding = asyncio.create_task(self.feed())
         breaking = asyncio.create_task(self.break_things())
@@ -215,7 +216,7 @@ def run(seed: int) -> Schedule:
     try:
         virtual_time.run(schedule.run())
     except BaseException as error:
-        lines = "\n".join(schedule.log[-40:])
+        lines = "\n".join(schedule.log[-(100000 if "-t" in sys.argv else 40) :])
         raise AssertionError(
             f"schedule {seed} failed: {error!r}; replay it with `python -m tests.schedules {seed}`\n{lines}"
         ) from error

@@ -71,6 +71,7 @@ class Sim:
         self.recovered: list[lg.Recovered] = []
         self.losses: dict[bytes, float] = {}
         self.errors: list[str] = []
+        self.on_log = lambda what: None
         asyncio.get_running_loop().set_exception_handler(self._on_error)
 
     def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict) -> None:
@@ -116,6 +117,7 @@ class Sim:
     def _stepped(self, peer_id: PeerId, stage: int, done: StepDone) -> None:
         """Log what went into an applied step: the microbatches that every member contributed to it."""
         self.steps.append((peer_id, stage, done))
+        self.on_log(f"{peer_id} applied step {done.version - 1} with {[m[:6] for m in done.members]}")
         self.hashes.setdefault((stage, done.version), set()).add(done.state_hash)
         for member in done.members:
             for microbatch in self.contributed[member].get(done.version - 1, ()):
@@ -131,10 +133,8 @@ class Sim:
         self.hub.kill(peer_id)
         sim_peer.task.cancel()
         sim_peer.compute.close()
-        for task in list(
-            getattr(sim_peer.peer, "server", None)._pushes if hasattr(sim_peer.peer, "server") else ()
-        ):
-            task.cancel()
+        if hasattr(sim_peer.peer, "server"):
+            sim_peer.peer.server.close()
 
     async def start_trainer(self) -> Pipeline:
         self.pipeline = Pipeline(

@@ -672,7 +672,7 @@ class Ledger:
     def _inside(self, stage: int, step: int, microbatches: frozenset[bytes], now_s: float) -> list[Command]:
         """A step was applied with these microbatches in it, whoever was thought to work on them."""
         commands: list[Command] = []
-        for flight in [self._flights[m] for m in microbatches if m in self._flights]:
+        for flight in [self._flights[m] for m in sorted(microbatches) if m in self._flights]:
             hop = flight.hops[stage]
             if hop.phase < Phase.ACCUMULATED and hop.peer is not None and not hop.awaits_verdict:
                 commands.append(Cancel(hop.peer, ((flight.id, flight.attempt),)))
