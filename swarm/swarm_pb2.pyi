@@ -150,12 +150,14 @@ class HopReply(_message.Message):
     def __init__(self, status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., accumulated: _Optional[_Iterable[_Union[Accumulated, _Mapping]]] = ...) -> None: ...
 
 class WatchPing(_message.Message):
-    __slots__ = ("session", "echo_s")
+    __slots__ = ("session", "echo_s", "fresh")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ECHO_S_FIELD_NUMBER: _ClassVar[int]
+    FRESH_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     echo_s: float
-    def __init__(self, session: _Optional[bytes] = ..., echo_s: _Optional[float] = ...) -> None: ...
+    fresh: bool
+    def __init__(self, session: _Optional[bytes] = ..., echo_s: _Optional[float] = ..., fresh: _Optional[bool] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("kind", "microbatch", "attempt", "step", "loss", "seconds", "direction", "target", "status", "reason")

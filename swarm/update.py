@@ -37,6 +37,7 @@ from swarm.server import HopServer
 from swarm.stage import Accumulator, Stage
 
 MAX_MEMBERS = 4096
+VERDICT_TRIES, VERDICT_PAUSE_S = 4, 0.25
 log = logging.getLogger(__name__)
 
 
@@ -98,6 +99,7 @@ class Updater:
         self._reporting_to: PeerId = ""
         self._redo = False  # a plan of this step was abandoned
         self._frozen: Accumulator | None = None
+        self._doubtful: Plan | None = None  # abandoned here; others may have committed it
         self.state_hash = b""
         self._news = asyncio.Event()
         self.counters: Counter[str] = Counter()
@@ -272,7 +274,7 @@ class Updater:
                     await self._in_compute(lambda: self._stage.thaw(frozen))
                 raise RoundAbandonedError(f"its plan of {len(plan.members)} members was abandoned")
             assert result is not None
-            self._frozen, self._redo = None, False
+            self._frozen, self._redo, self._doubtful = None, False, None
             self._server.orphans.difference_update(frozen.microbatches)
             averaging_s = asyncio.get_running_loop().time() - began_s
             self.state_hash = await self._in_compute(lambda: self._apply(result.mean))
@@ -348,25 +350,39 @@ class Updater:
         return await self._committed_elsewhere(plan) if done.ok else None
 
     async def _committed_elsewhere(self, plan: Plan) -> tuple[bytes, ...] | None:
-        """The coordinator is gone: has any member committed? If none has, none will any more."""
+        """The coordinator is gone: has any member committed? If none has, none will any more.
+
+        Members that do not answer leave a doubt, which `_catch_up` comes back to.
+        """
         self.coordinator.abandon(plan.key)
-        query = pb.StepQuery(plan=plan.key)
-        others = [m.peer for m in plan.members if m.peer != self._network.peer_id]
-        answers = await asyncio.gather(
-            *(self.coordinator.query(peer, query) for peer in others), return_exceptions=True
-        )
-        for answer in answers:
-            if isinstance(answer, pb.StepInfo) and answer.committed:
-                self.coordinator.learn_committed(plan.key, tuple(answer.microbatches))
-                return tuple(answer.microbatches)
-            if isinstance(answer, BaseException) and not isinstance(answer, LinkError):
-                raise answer
+        silent = [m.peer for m in plan.members if m.peer != self._network.peer_id]
+        for _ in range(VERDICT_TRIES):
+            answers = await asyncio.gather(*(self._ask(peer, plan) for peer in silent))
+            for answer in answers:
+                if isinstance(answer, pb.StepInfo) and answer.committed:
+                    self.coordinator.learn_committed(plan.key, tuple(answer.microbatches))
+                    return tuple(answer.microbatches)
+            silent = [answer for answer in answers if isinstance(answer, str)]
+            if not silent:
+                return None
+            await asyncio.sleep(VERDICT_PAUSE_S)
+        self._doubtful = plan
         return None
+
+    async def _ask(self, peer: PeerId, plan: Plan) -> pb.StepInfo | PeerId | None:
+        """What `peer` knows of the plan; None if it is dead, its name if it does not answer."""
+        try:
+            return await self.coordinator.query(peer, pb.StepQuery(plan=plan.key))
+        except LinkError as error:
+            return None if error.refused else peer
 
     async def _catch_up(self) -> None:
         """Load a donor's state; gradients of earlier versions stay unless they are too old."""
         await self._give_up_orphans()
         frozen, self._frozen, self._redo = self._frozen, None, False
+        doubtful, self._doubtful = self._doubtful, None
+        if doubtful is not None and await self._committed_elsewhere(doubtful) is not None:
+            frozen = None  # the step that this peer missed has its gradient in it
         before = self._stage.version
         await self._refetch()
         if frozen is not None and self._stage.version - before <= self._config.training.max_staleness:

@@ -93,6 +93,10 @@ class Watchers:
             return stream.abort()
         name = (stream.remote, ping.session)
         session = self._sessions.get(name)
+        if session is not None and ping.fresh:
+            del self._sessions[name]
+            self._on_end(session)
+            session = None
         if session is None:
             lease_s = self._clock() + self._settings.lease_s
             session = self._sessions[name] = Session(stream.remote, ping.session, lease_s)

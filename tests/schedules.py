@@ -64,7 +64,7 @@ class Schedule:
         if "-t" in sys.argv:
             self.trace(sim.pipeline.ledger)
             sim.on_log = self.note
-        await sim.until(lambda: sim.pipeline.ready_stages == 3)
+        await sim.until(lambda: sim.pipeline.ready_stages == 3 and sim.all_acquainted())
         feeding = asyncio.create_task(self.feed())
         breaking = asyncio.create_task(self.break_things())
         try:

@@ -127,6 +127,14 @@ class Sim:
         if not task.cancelled() and (error := task.exception()) is not None:
             self.errors.append(f"{task.get_name()} failed: {error!r}")
 
+    def all_acquainted(self) -> bool:
+        """Does every peer have all others of its stage on its roster?"""
+        return all(
+            hasattr(p.peer, "updater")
+            and {q.id for q in self.peers.values() if q.stage == p.stage} <= {*p.peer._roster, p.id}
+            for p in self.peers.values()
+        )
+
     def kill(self, peer_id: PeerId) -> None:
         """SIGKILL: nothing is cleaned up, everything stops."""
         sim_peer = self.peers.pop(peer_id)

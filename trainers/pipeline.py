@@ -184,7 +184,8 @@ class Pipeline:
         """Feed what the peer says to the ledger until it says goodbye. Raises LinkError."""
         peer, beat_s = stream.remote, self._config.network.heartbeat_s
         lease_s, heard_s, first = self._config.network.lease_s, self._clock(), True
-        await stream.send(pb.WatchPing(session=self.session).SerializeToString())
+        # A peer that had been given up must not go on with hops that are with others by now.
+        await stream.send(pb.WatchPing(session=self.session, fresh=not again).SerializeToString())
         while True:
             try:
                 async with asyncio.timeout(4 * beat_s):
