@@ -20,7 +20,7 @@ from averaging.errors import LinkError
 from averaging.network import Buffer, Frame, Handler, PeerId
 
 Fate = Literal["deliver", "break_before", "break_after", "twice"]
-DIAL_S = 10.0
+DIAL_S, FINISH_S = 10.0, 3.0
 INBOX_FRAMES = 256  # a sender waits for room beyond this, as a full socket would make it
 
 
@@ -45,16 +45,22 @@ class MemoryStream:
         self._free_at_s = 0.0  # when the link has finished sending what was sent so far
         self._arrival_s = 0.0  # of the newest frame: timers of equal time fire in any order
         self.from_dialer = False
+        self.finishing = False
         self._mute = False  # it lost frames: nothing more arrives in order
 
     async def send(self, header: bytes, payload: Buffer = b"") -> None:
         await self._put(Frame(header, bytes(payload)))
 
     async def finish(self) -> None:
+        self.finishing = True
+        await self._put(None)
         try:
-            await self._put(None)
-        finally:
-            self._hub.closed(self)
+            async with asyncio.timeout(FINISH_S):
+                while await self.receive() is not None:
+                    pass
+        except (LinkError, TimeoutError):
+            pass  # closed is closed
+        self.abort()
 
     async def _put(self, frame: Frame | None) -> None:
         twin = self._twin
@@ -86,8 +92,6 @@ class MemoryStream:
             return
         self._inbox.append(frame)
         self._changed.set()
-        if frame is None:
-            self._hub.closed(self)
 
     def _break(self, why: str) -> None:
         if self._broken is None:
@@ -249,9 +253,18 @@ class MemoryNetwork:
 
     def start(self, stream: MemoryStream, service: str) -> None:
         """Run the handler of `service` on the listening end of a new stream."""
-        task = asyncio.ensure_future(self.services[service][0](stream))
-        self._tasks[task] = None  # type: ignore[index]
-        task.add_done_callback(self._ended)  # type: ignore[arg-type]
+        task = asyncio.ensure_future(self._handle(stream, service))
+        self._tasks[task] = None
+        task.add_done_callback(self._ended)
+
+    async def _handle(self, stream: MemoryStream, service: str) -> None:
+        try:
+            await self.services[service][0](stream)
+        except LinkError:
+            pass  # the other end went away: its own business
+        finally:
+            if not stream.finishing:
+                stream.abort()
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.pop(task, None)

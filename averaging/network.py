@@ -47,7 +47,7 @@ class Stream(Protocol):
         ...
 
     async def finish(self) -> None:
-        """Send the explicit last frame and close."""
+        """Send the explicit last frame, wait until the other end is done, too, and close."""
         ...
 
     def abort(self) -> None:
@@ -70,7 +70,8 @@ class Network(Protocol):
         ...
 
     async def serve(self, service: str, handler: Handler, *, max_payload_bytes: int = 0) -> None:
-        """Answer streams to `service`: `handler` runs as a task per stream and owns it."""
+        """Answer streams to `service`: `handler` runs as a task per stream; a stream that it has not
+        finished is aborted when it returns."""
         ...
 
 

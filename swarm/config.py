@@ -139,7 +139,7 @@ class NetworkConfig(_Section):
 
 
 class MonitorConfig(_Section):
-    wandb: Literal["offline", "online", "off"] = Field("offline", description="mode of Weights & Biases")
+    wandb: Literal["offline", "online", "disabled"] = Field("offline", description="mode of Weights & Biases")
     project: str = Field("swarm", description="W&B project")
     period_s: Seconds = Field(1.0, description="period of metrics and of the live table")
 

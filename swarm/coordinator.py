@@ -100,18 +100,20 @@ class Coordinator:
                 raise ProtocolError(peer, "does not begin with a report")
             step = report.report.step
             if step < self._version():
-                return await self._say(stream, pb.FromCoordinator(behind=self._version()))
+                await self._say(stream, pb.FromCoordinator(behind=self._version()))
+                return await self._linger(stream)
             ballot = self._ballot(step)
             ballot.streams[peer] = stream
             beat = asyncio.create_task(self._beat(stream, ballot))
             while not ballot.ended:
                 if ballot.streams.get(peer) is not stream:
-                    return  # sent away, or it has opened another stream
+                    break  # sent away, or it has opened another stream
                 if report is not None:
                     self._take(ballot, peer, report)
                 elif ballot.plan is not None and peer not in ballot.holds:
                     raise LinkError(peer, f"silent for {self._deadline_s:.1f} s while averaging")
                 report = await self._receive(stream)
+            await self._linger(stream)
         except (LinkError, ProtocolError) as error:
             log.debug("a reporter left: %s", error)
             stream.abort()
@@ -136,6 +138,11 @@ class Coordinator:
             return pb.FromMember.FromString(frame.header)
         except DecodeError:
             raise ProtocolError(stream.remote, "malformed report") from None
+
+    async def _linger(self, stream: Stream) -> None:
+        """Let the reporter hear the last word: it is the one to close."""
+        while await self._receive(stream) is not None:
+            pass
 
     def _take(self, ballot: Ballot, peer: PeerId, message: pb.FromMember) -> None:
         kind = message.WhichOneof("content")

@@ -18,6 +18,7 @@ from averaging.network import MAX_HEADER_BYTES, Buffer, Frame, PeerId
 PREFIX = struct.Struct("<IQ")
 LAST_FRAME = 0xFFFFFFFF  # as header length: the explicit end
 PIECE_BYTES = 1 << 18  # one write: small enough to notice a stalled reader, large enough to be cheap
+FINISH_S = 3.0
 UNREAD_FRAMES = 4  # beyond this the socket is not read until the user has caught up
 
 
@@ -126,6 +127,15 @@ class FrameProtocol(asyncio.BufferedProtocol):
             self.transport.resume_reading()
         return frame
 
+    async def other_end_is_done(self, deadline_s: float) -> None:
+        """Wait for the explicit last frame or the end of the stream, dropping what else arrives."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while await self.next_frame() is not None:
+                    pass
+        except (LinkError, TimeoutError):
+            pass  # closed is closed
+
     async def room(self) -> None:
         """Wait until the transport takes more bytes. Raises LinkError when it stops draining."""
         while not self._writable.is_set() and self._broken is None:
@@ -147,6 +157,7 @@ class FramedStream:
     def __init__(self, protocol: FrameProtocol, owner: object) -> None:
         self.remote = protocol.remote
         self._protocol, self._sending = protocol, asyncio.Lock()
+        self._finishing = False
         self._owner = owner  # the engine's reader and writer: dropping them would close the transport
 
     async def send(self, header: bytes, payload: Buffer = b"") -> None:
@@ -164,12 +175,21 @@ class FramedStream:
         return await self._protocol.next_frame()
 
     async def finish(self) -> None:
+        self._finishing = True
         protocol = self._protocol
         async with self._sending:
             await protocol.room()
             assert protocol.transport is not None
             protocol.transport.write(PREFIX.pack(LAST_FRAME, 0))
-            protocol.transport.close()  # flushes first
+        # Whoever closes first may cut off what is still under way: wait until the other end has closed, or
+        # has said its own last frame.
+        await protocol.other_end_is_done(FINISH_S)
+        protocol.fail("closed here")
 
     def abort(self) -> None:
         self._protocol.fail("closed here")
+
+    def abort_unless_finished(self) -> None:
+        """For whoever served the stream, after its handler."""
+        if not self._finishing:
+            self.abort()

@@ -10,7 +10,6 @@ we are killed: it exits when its control connection closes.
 """
 
 import asyncio
-import contextlib
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -161,32 +160,20 @@ class HivemindNetwork:
 
     def _framed(
         self, peer: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_payload_bytes: int
-    ) -> "_DaemonStream":
+    ) -> FramedStream:
         protocol = FrameProtocol(peer, max_payload_bytes, self._progress_s)
         protocol.attach(cast(asyncio.Transport, writer.transport))
-        return _DaemonStream(protocol, (reader, writer))
+        return FramedStream(protocol, (reader, writer))
 
     async def addresses(self) -> list[str]:
         """The addresses under which others may dial this process, each ending in its peer id."""
         return [str(address) for address in await self._p2p.get_visible_maddrs()]
 
-    async def close(self) -> None:
-        """End the daemon; streams break."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(5):
-                await self._p2p.shutdown()
-
-
-class _DaemonStream(FramedStream):
-    _finished = False
-
-    async def finish(self) -> None:
-        self._finished = True
-        await super().finish()
-
-    def abort_unless_finished(self) -> None:
-        if not self._finished:
-            self.abort()
+    async def daemon_ended(self) -> None:
+        """Wait until the daemon has died."""
+        child = self._p2p._child
+        assert child is not None, "the daemon is always this process's own child"
+        await child.wait()
 
 
 def _protocol_name(service: str) -> str:

@@ -81,6 +81,7 @@ class Pipeline:
         self.throttle = Throttle(most=config.pipeline.in_flight, stages=config.model.stages)
         self._calls = Calls(network, SERVICE, deadline_s=config.averaging.progress_deadline_s)
         self._watched: dict[PeerId, Watched] = {}
+        self._addresses: dict[PeerId, tuple[str, ...]] = {}
         self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat was answered
         self._tasks: set[asyncio.Task[None]] = set()
         self.changed = asyncio.Event()  # something completed, settled, or stepped
@@ -113,6 +114,10 @@ class Pipeline:
         """Stages that have at least one peer."""
         return sum(len(wiring) > 0 for wiring in self._wirings)
 
+    def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
+        """Where a peer may be dialled, by its own record."""
+        return self._addresses.get(peer, ())
+
     def feed(self, event: lg.LedgerEvent) -> None:
         """Give the ledger an event and do what it says."""
         self._execute(self.ledger.handle(event, self._clock()))
@@ -129,6 +134,7 @@ class Pipeline:
                     log.warning("%s; trying again", error)
                     continue
                 for record in records:
+                    self._addresses[record.peer] = record.addresses
                     banned = self._wirings[stage].is_banned(record.peer, self._clock())
                     if record.peer not in self._watched and not banned:
                         task = asyncio.create_task(self._watch(stage, record.peer))
@@ -139,6 +145,7 @@ class Pipeline:
 
     def _unwatch(self, peer: PeerId, task: "asyncio.Task[None]") -> None:
         self._watched.pop(peer, None)
+        self._addresses.pop(peer, None)
         self.throttle.gone(peer)
         self._raise_bug(task)
 

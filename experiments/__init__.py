@@ -1,0 +1,1 @@
+"""Run files, benchmarks and the log of results."""

@@ -1,0 +1,140 @@
+"""The processes that `swarm run` starts on its own machine: peers and trainers, and the chaos among them.
+
+Each child is a real operating-system process in a session of its own, so a Ctrl-C in the terminal reaches
+the organizer alone; it then ends its children and nothing else. What a child prints goes to a file in
+the run's folder; the last line of one that fails is shown to the user.
+
+I/O: starts and signals processes.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm.config import RunConfig
+
+STOP_S = 6.0
+
+
+@dataclass(slots=True)
+class Child:
+    name: str
+    kind: str  # "peer" or "trainer"
+    stage: int | None
+    process: asyncio.subprocess.Process
+    log: Path
+    started: float
+
+    @property
+    def running(self) -> bool:
+        return self.process.returncode is None
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    name: str
+    stage: int
+    time: float  # wall clock
+
+
+class LocalRun:
+    """Starts, watches, kills and ends the local processes of one run."""
+
+    def __init__(self, config: RunConfig, join: str, folder: Path, *, seed: int = 0) -> None:
+        self._config, self._join, self._folder = config, join, folder
+        self._rng = random.Random(seed)
+        self._numbers = {"peer": 0, "trainer": 0}
+        self.children: list[Child] = []
+        self.kills: list[Kill] = []
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+
+    async def start(self, *, minutes: float | None) -> None:
+        local = self._config.local
+        if local is None:
+            return
+        counts = local.peers(self._config.model.stages)
+        for round_number in range(max(counts)):
+            for stage, count in enumerate(counts):
+                if round_number < count:
+                    await self.start_peer(stage)
+        for _ in range(local.trainers):
+            bound = () if minutes is None else ("--minutes", f"{minutes:.3f}")
+            number = str(self._numbers["trainer"])
+            await self._start("trainer", None, ["trainers.cli", "trainer", "--number", number, *bound])
+
+    async def start_peer(self, stage: int) -> Child:
+        assert self._config.local is not None
+        threads = str(self._config.local.threads)
+        arguments = ["swarm.cli", "--stage", str(stage), "--threads", threads]
+        return await self._start("peer", stage, [*arguments, "--name", f"peer-{self._numbers['peer']}"])
+
+    async def _start(self, kind: str, stage: int | None, arguments: Sequence[str]) -> Child:
+        name = f"{kind}-{self._numbers[kind]}"
+        self._numbers[kind] += 1
+        log = self._folder / "logs" / f"{name}.log"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", *arguments, "--join", self._join, "--listen", "127.0.0.1"]
+        with log.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=environment,
+            )
+        child = Child(name, kind, stage, process, log, time.time())
+        self.children.append(child)
+        return child
+
+    def kill_one(self, serving: Sequence[str]) -> Kill | None:
+        """SIGKILL a random peer among those that serve, never the last of a stage (its state is there)."""
+        peers = [c for c in self.children if c.kind == "peer" and c.running and c.name in serving]
+        mates = [c for c in peers if sum(other.stage == c.stage for other in peers) > 1]
+        if not mates:
+            return None
+        victim = self._rng.choice(mates)
+        assert victim.stage is not None
+        victim.process.kill()
+        kill = Kill(victim.name, victim.stage, time.time())
+        self.kills.append(kill)
+        return kill
+
+    def failed(self) -> Child | None:
+        """A child that ended by itself with an error."""
+        killed = {kill.name for kill in self.kills}
+        return next(
+            (c for c in self.children if c.process.returncode not in (None, 0) and c.name not in killed), None
+        )
+
+    def trainers_done(self) -> bool:
+        trainers = [c for c in self.children if c.kind == "trainer"]
+        return bool(trainers) and all(not c.running for c in trainers)
+
+    async def stop(self) -> None:
+        """End every child: SIGTERM, and SIGKILL for those that do not listen."""
+        running = [c for c in self.children if c.running]
+        for child in running:
+            with contextlib.suppress(ProcessLookupError):
+                child.process.send_signal(signal.SIGTERM)
+        waiting = [asyncio.ensure_future(c.process.wait()) for c in running]
+        if waiting:
+            await asyncio.wait(waiting, timeout=STOP_S)
+        for child in running:
+            if child.running:
+                with contextlib.suppress(ProcessLookupError):
+                    child.process.kill()
+                await child.process.wait()
+
+
+def last_line(log: Path) -> str:
+    """What a failed child had to say."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "(it printed nothing)"

@@ -1,0 +1,151 @@
+"""`swarm run`: validate, start the first DHT peer, publish the run, watch it, end it.
+
+    run folder: the resolved config beside everything that follows
+    first DHT peer and signed manifest; the command with which others join
+    with `local:` also peers and trainers as processes, and chaos among them
+    every period: a line of metrics.jsonl, the live table
+    at the end: children stopped, summary.json, loss.png, W&B closed
+
+I/O: all of it. The run goes on without this process; its own children end with it.
+"""
+
+import asyncio
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from swarm.config import RunConfig, dump_run
+from swarm.errors import UserError
+from swarm.launch import LocalRun, last_line
+from swarm.manifest import pack_manifest
+from swarm.metrics import serve_metrics
+from swarm.monitor import Monitor
+from swarm.process import joined
+
+PLAIN_LINE_S = 10.0  # period of progress lines when the output is no terminal
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    folder: Path
+    host: str = "127.0.0.1"
+    port: int = 0
+    minutes: float | None = None
+    chaos_s: float | None = None
+
+
+async def organize(config: RunConfig, options: RunOptions) -> int:
+    """Carry out one run. Raises UserError; returns the process's exit code."""
+    console = Console()
+    folder = _fresh_folder(options.folder)
+    (folder / "config.yaml").write_text(dump_run(config))
+    identity = folder / "identity"
+    async with joined([], listen=options.host, port=options.port, identity=identity) as here:
+        await here.directory.publish_manifest(pack_manifest(dump_run(config)))
+        await here.directory.manifest(here.network.peer_id)
+        command = f"swarm-peer --join {_best_address(here.addresses)}"
+        console.print(f"others join with:  [bold]{command}[/]", soft_wrap=True)
+        monitor = Monitor(config, folder)
+        await serve_metrics(here.network, monitor.take)
+        local = LocalRun(config, _best_address(here.addresses), folder, seed=config.training.seed)
+        watching = _Watch(console, monitor, local, options, command)
+        try:
+            await local.start(minutes=options.minutes)
+            await asyncio.get_running_loop().run_in_executor(None, monitor.open_wandb)
+            await watching.until_the_end()
+        finally:
+            console.print("ending what this run has started ...")
+            await asyncio.shield(local.stop())
+            summary = monitor.close(local.kills, console)
+            _print_summary(console, summary)
+    return 0
+
+
+class _Watch:
+    """The organizer's loop."""
+
+    def __init__(
+        self, console: Console, monitor: Monitor, local: LocalRun, options: RunOptions, command: str
+    ) -> None:
+        self._console, self._monitor, self._local = console, monitor, local
+        self._options, self._command = options, command
+        self._began = time.time()
+        self._next_kill: float | None = None
+
+    async def until_the_end(self) -> None:
+        """Show and record until the trainers are done, the time is over, or a child fails."""
+        period_s = self._monitor.config.monitor.period_s
+        with Live(console=self._console, auto_refresh=False, transient=False) as live:
+            while not self._is_over():
+                self._monitor.record(len(self._local.kills))
+                await self._chaos()
+                table = self._monitor.table(self._command, self._local.kills)
+                if self._console.is_terminal:
+                    live.update(table, refresh=True)
+                elif (time.time() - self._began) % PLAIN_LINE_S < period_s:
+                    self._console.print(table)
+                self._raise_if_a_child_failed()
+                await asyncio.sleep(period_s)
+            self._raise_if_a_child_failed()
+
+    def _is_over(self) -> bool:
+        if self._local.trainers_done():
+            return True
+        minutes = self._options.minutes
+        # Local trainers know the bound themselves and end with an evaluation: give them time for it.
+        allowance_s = 60 if self._local.children else 0
+        return minutes is not None and time.time() > self._began + 60 * minutes + allowance_s
+
+    async def _chaos(self) -> None:
+        chaos_s = self._options.chaos_s
+        if chaos_s is None or self._monitor.step() < 1:
+            return
+        now = time.time()
+        self._next_kill = self._next_kill or now + chaos_s
+        if now >= self._next_kill:
+            kill = self._local.kill_one(self._monitor.serving())
+            self._next_kill = now + (chaos_s if kill else 1.0)
+            if kill is not None:
+                await self._local.start_peer(kill.stage)
+
+    def _raise_if_a_child_failed(self) -> None:
+        failed = self._local.failed()
+        if failed is not None:
+            raise UserError(f"{failed.name} failed: {last_line(failed.log)} (all of it: {failed.log})")
+
+
+def _fresh_folder(folder: Path) -> Path:
+    """Make the run's folder; an older run of that name is moved aside, never overwritten."""
+    if folder.exists():
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(folder.stat().st_mtime))
+        aside = folder.with_name(f"{folder.name}-{stamp}")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = folder.with_name(f"{folder.name}-{stamp}-{number}")
+        shutil.move(str(folder), str(aside))
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
+    return folder
+
+
+def _best_address(addresses: tuple[str, ...]) -> str:
+    """One address to print: a public or local-network one if there is any."""
+    usable = [a for a in addresses if "/tcp/" in a and "/p2p-circuit" not in a] or list(addresses)
+    return next((a for a in usable if not a.startswith(("/ip4/127.", "/ip6/"))), usable[0])
+
+
+def _print_summary(console: Console, summary: dict) -> None:  # type: ignore[type-arg]
+    microbatches, recovery = summary["microbatches"], summary["recovery_s"]
+    console.print(
+        f"{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['tokens_per_s']} tokens/s; "
+        f"held-out loss {summary['initial_loss']} -> {summary['final_loss']} nats per token; "
+        f"{summary['kills']} kills, {microbatches['rerouted_hops']} hops rerouted, "
+        f"{microbatches['lost']} gradients lost, recovery {recovery['p50']} s (median), {recovery['max']} s (worst)"
+    )

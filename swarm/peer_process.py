@@ -1,0 +1,80 @@
+"""The process of one peer: join the network, learn the run, serve a stage, leave on a signal."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from swarm.assignment import choose_stage
+from swarm.compute import ComputeThread
+from swarm.errors import UserError
+from swarm.metrics import MetricsSender
+from swarm.peer import Peer
+from swarm.process import joined, watch_daemon
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerOptions:
+    join: tuple[str, ...]
+    stage: int | None  # None: choose
+    device: str = "auto"
+    name: str = ""
+    listen: str = "0.0.0.0"
+    port: int = 0
+    identity: Path | None = None
+    threads: int = 0
+
+
+async def serve(options: PeerOptions) -> int:
+    """Serve until cancelled. Raises UserError."""
+    device = _device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    async with joined(
+        options.join, listen=options.listen, port=options.port, identity=options.identity
+    ) as here:
+        manifest = await here.directory.manifest()
+        config = manifest.config
+        stage = options.stage
+        if stage is None:
+            rosters = [await here.directory.roster(number) for number in range(config.model.stages)]
+            stage, reason = choose_stage(rosters)
+            log.info("stage %d: %s", stage, reason)
+        log.info("run %s (%s), stage %d on %s", config.name, manifest.run, stage, device)
+        peer = Peer(
+            network=here.network,
+            directory=here.directory,
+            compute=ComputeThread(),
+            config=config,
+            run=manifest.run,
+            stage=stage,
+            device=device,
+            name=options.name,
+            addresses=here.addresses,
+        )
+        here.network.use_addresses(peer.addresses_of)
+        await peer.join()
+        sender = MetricsSender(here.network, manifest.organizer, kind="peer", values=peer.metrics)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(peer.run())
+                tasks.create_task(sender.run(config.monitor.period_s))
+                tasks.create_task(watch_daemon(here.network))
+        finally:
+            log.info("leaving")
+            await asyncio.shield(peer.leave())
+    return 0
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return name

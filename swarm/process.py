@@ -1,0 +1,94 @@
+"""What every process of a run shares: joining the network, signals, logging, and ending cleanly.
+
+`joined` gives the parts of a process that takes part in a run: the network, the directory, the manifest.
+`run_until_signal` runs a coroutine until it ends or the user (or the cloud) asks to stop; then what it
+started is closed, and nothing else.
+
+I/O: starts the libp2p daemon; uvloop.
+"""
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from swarm.dht import HivemindDirectory, make_identity
+from swarm.hivemind_network import HivemindNetwork, start_daemon
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    network: HivemindNetwork
+    directory: HivemindDirectory
+    addresses: tuple[str, ...]
+
+
+@contextlib.asynccontextmanager
+async def joined(
+    join: Sequence[str], *, listen: str = "127.0.0.1", port: int = 0, identity: Path | None = None
+) -> AsyncIterator[Joined]:
+    """Start the daemon, enter the DHT, and leave both at the end. Raises UserError."""
+    folder = Path(tempfile.mkdtemp(prefix="swarm-"))
+    p2p = None
+    try:
+        path = identity or folder / "identity"
+        key = make_identity(path)
+        p2p = await start_daemon(join=join, listen=listen, port=port, identity=path)
+        network = HivemindNetwork(p2p)
+        directory = await HivemindDirectory.join(p2p, key, join)
+        yield Joined(network, directory, tuple(await network.addresses()))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(3):
+                await directory.close()
+    finally:
+        if p2p is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await p2p.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def watch_daemon(network: HivemindNetwork) -> None:
+    """Return when the libp2p daemon has died: without it every call would hang."""
+    await network.daemon_ended()
+    raise RuntimeError("the libp2p daemon died; start this process again")
+
+
+def run_until_signal(main: Coroutine[Any, Any, int]) -> int:
+    """Run `main` on uvloop; SIGINT and SIGTERM cancel it, a second one is ignored. Returns its exit code."""
+
+    async def guarded() -> int:
+        task = asyncio.ensure_future(main)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            return 0
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(guarded())
+
+
+def set_up_logging(name: str, *, verbose: bool, file: Path | None = None) -> None:
+    """Log lines to stderr, or to `file`."""
+    level = logging.DEBUG if verbose else logging.INFO
+    handler: logging.Handler = logging.FileHandler(file) if file else logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for package in ("swarm", "averaging", "trainers"):
+        logging.getLogger(package).setLevel(level)
+    hivemind = logging.getLogger("hivemind")  # it installs a handler of its own on import
+    hivemind.handlers, hivemind.propagate = [], True
+    hivemind.setLevel(logging.ERROR)
