@@ -69,9 +69,16 @@ def run_until_signal(main: Coroutine[Any, Any, int]) -> int:
 
     async def guarded() -> int:
         task = asyncio.ensure_future(main)
-        loop = asyncio.get_running_loop()
+        asked = False
+
+        def stop() -> None:
+            nonlocal asked
+            if not asked:  # a second Ctrl-C must not cut the clean-up short
+                asked = True
+                task.cancel()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, stop)
         try:
             return await task
         except asyncio.CancelledError:

@@ -1,0 +1,144 @@
+"""Real processes over hivemind for tests: peers as subprocesses, the trainer in the test's own loop."""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from averaging.errors import LinkError
+from averaging.network import PeerId
+from swarm import swarm_pb2 as pb
+from swarm.config import RunConfig, dump_run
+from swarm.manifest import pack_manifest
+from swarm.process import Joined, joined
+from swarm.state import SERVICE as STATE_SERVICE
+from trainers.trainer import Trainer
+
+STEPPED = re.compile(r"applied step (\d+) with .*, state (\w+)")
+
+
+@dataclass(slots=True)
+class PeerProcess:
+    name: str
+    stage: int
+    process: asyncio.subprocess.Process
+    log: Path
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    @property
+    def serving(self) -> bool:
+        return "serving stage" in self.text()
+
+    def hashes(self) -> dict[int, str]:
+        """State hash after every step that this process applied."""
+        return {int(step): state for step, state in STEPPED.findall(self.text())}
+
+
+@dataclass(slots=True)
+class RealSwarm:
+    config: RunConfig
+    folder: Path
+    here: Joined
+    peers: list[PeerProcess] = field(default_factory=list)
+    number: int = 0
+    trainer: Trainer | None = None
+
+    @property
+    def address(self) -> str:
+        return self.here.addresses[0]
+
+    async def start_peer(self, stage: int) -> PeerProcess:
+        name = f"peer-{self.number}"
+        self.number += 1
+        log = self.folder / f"{name}.log"
+        command = [sys.executable, "-m", "swarm.cli", "--join", self.address, "--listen", "127.0.0.1"]
+        arguments = ["--stage", str(stage), "--threads", "1", "--name", name, "--verbose"]
+        with log.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                *arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        peer = PeerProcess(name, stage, process, log)
+        self.peers.append(peer)
+        return peer
+
+    def living(self, stage: int | None = None) -> list[PeerProcess]:
+        return [
+            p
+            for p in self.peers
+            if p.process.returncode is None and p.serving and (stage is None or p.stage == stage)
+        ]
+
+    def kill(self, peer: PeerProcess) -> None:
+        peer.process.send_signal(signal.SIGKILL)
+
+    async def parameters(self, version: int) -> dict[str, torch.Tensor]:
+        """The whole model, each stage's part from one of its living peers at `version`."""
+        whole: dict[str, torch.Tensor] = {}
+        for stage in range(self.config.model.stages):
+            records = await self.here.directory.roster(stage)
+            for record in records:
+                state = await self._state(record.peer, stage, version)
+                if state is not None:
+                    break
+            else:
+                raise AssertionError(f"no peer of stage {stage} has version {version}")
+            prefix = "parameter/"
+            whole |= {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        return whole
+
+    async def _state(self, peer: PeerId, stage: int, version: int) -> dict[str, torch.Tensor] | None:
+        try:
+            stream = await self.here.network.open(peer, STATE_SERVICE, max_payload_bytes=1 << 20)
+            await stream.send(pb.StateRequest(stage=stage).SerializeToString())
+            frame = await stream.receive()
+            offer = pb.StateOffer.FromString(frame.header)
+            data = bytearray()
+            while len(data) < offer.size_bytes:
+                data += (await stream.receive()).payload
+            stream.abort()
+        except LinkError:
+            return None
+        return safetensors.torch.load(bytes(data)) if offer.version == version else None
+
+    async def until(self, condition: Callable[[], bool], limit_s: float, what: str) -> None:
+        end = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < end, f"{what}: not within {limit_s:.0f} s\n{self.logs()}"
+            await asyncio.sleep(0.1)
+
+    def logs(self) -> str:
+        return "\n".join(f"== {p.name} (stage {p.stage})\n{p.text()[-1500:]}" for p in self.peers)
+
+
+@contextlib.asynccontextmanager
+async def real_swarm(config: RunConfig, folder: Path) -> AsyncIterator[RealSwarm]:
+    """An announced run with nobody in it yet; ends every process it started."""
+    async with joined([], identity=folder / "identity") as here:
+        text = dump_run(config)
+        await here.directory.publish_manifest(pack_manifest(text))
+        await here.directory.manifest(here.network.peer_id)
+        swarm = RealSwarm(config, folder, here)
+        try:
+            yield swarm
+        finally:
+            for peer in swarm.peers:
+                if peer.process.returncode is None:
+                    peer.process.kill()
+                    await peer.process.wait()

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from averaging.codecs import CODECS, INT8_BLOCK, codec_by_number
+from averaging.errors import CodecError
+
+RELATIVE_ERROR = {"float32": 0.0, "float16": 1e-3, "bfloat16": 1e-2, "int8": 2e-2}
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (INT8_BLOCK,), (2, INT8_BLOCK + 1), (4, 32, 64)])
+def test_decoding_gives_back_the_tensor_within_the_codecs_precision(name, shape):
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    codec = CODECS[name]
+    decoded = codec.decode(codec.encode(tensor), shape)
+    assert decoded.dtype == torch.float32 and decoded.shape == tensor.shape
+    assert (decoded - tensor).norm() <= RELATIVE_ERROR[name] * tensor.norm()
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("values", [0, 1, 511, 512, 513, 10_000])
+def test_size_is_known_before_encoding(name, values):
+    assert len(CODECS[name].encode(torch.ones(values))) == CODECS[name].size_bytes(values)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_refused(name, bad):
+    if name == "float16" and bad == bad:
+        pytest.skip("float16 saturates infinities: what it sends is finite")
+    tensor = torch.ones(1000)
+    tensor[700] = bad
+    with pytest.raises(CodecError, match="not finite"):
+        CODECS[name].decode(CODECS[name].encode(tensor), (1000,))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_bytes_of_another_length_are_refused(name):
+    data = CODECS[name].encode(torch.ones(100))
+    for wrong in (data[:-1], data + b"x", b""):
+        with pytest.raises(CodecError, match="takes"):
+            CODECS[name].decode(wrong, (100,))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_finite_extremes_survive(name):
+    tensor = torch.tensor([0.0, 1e-30, -1e30, 3e38])
+    decoded = CODECS[name].decode(CODECS[name].encode(tensor), (4,))
+    assert torch.isfinite(decoded).all()
+
+
+def test_int8_error_is_at_most_half_a_step_of_its_block():
+    tensor = torch.randn(8, INT8_BLOCK) * torch.logspace(-6, 6, 8).unsqueeze(1)
+    codec = CODECS["int8"]
+    decoded = codec.decode(codec.encode(tensor), tensor.shape)
+    step = tensor.abs().amax(1, keepdim=True) / 127
+    assert ((decoded - tensor).abs() <= 0.5001 * step).all()
+
+
+def test_int8_costs_at_most_1_02_bytes_per_value():
+    assert CODECS["int8"].size_bytes(1 << 20) / (1 << 20) <= 1.02
+
+
+def test_unknown_codec_number_is_refused():
+    with pytest.raises(CodecError, match="unknown codec"):
+        codec_by_number(99)

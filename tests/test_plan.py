@@ -1,0 +1,108 @@
+import random
+
+import pytest
+
+from averaging.plan import (
+    Report,
+    check_plan,
+    coordinator_order,
+    decide,
+    has_quorum,
+    majority_hash,
+    make_plan,
+)
+from averaging.shares import Slice, equal_slices, pieces
+
+PEERS = ["a", "b", "c", "d"]
+
+
+def reports(**weights: float) -> dict[str, Report]:
+    return {peer: Report(weight, b"12345678") for peer, weight in weights.items()}
+
+
+def close(heard: dict[str, Report], **more):
+    arguments = {"target": 100, "expected": PEERS[:2], "waited_s": 0.0, "grace_s": 1.0} | more
+    return decide(heard, **arguments)
+
+
+def test_every_peer_computes_the_same_order_of_coordinators():
+    shuffled = random.Random(0).sample(PEERS, 4)
+    assert coordinator_order(PEERS, run="r", stage=1, step=7) == coordinator_order(
+        shuffled, run="r", stage=1, step=7
+    )
+
+
+def test_coordination_rotates():
+    first = [coordinator_order(PEERS, run="r", stage=0, step=step)[0] for step in range(400)]
+    assert all(60 <= first.count(peer) <= 140 for peer in PEERS)
+
+
+def test_a_step_closes_when_the_target_is_reached():
+    assert not close(reports(a=50, b=49)).close
+    decision = close(reports(a=50, b=50))
+    assert decision.close and "reached" in decision.reason
+
+
+def test_live_peers_that_have_not_reported_are_waited_for_but_not_longer_than_the_grace():
+    heard = reports(a=60, b=60)
+    assert not close(heard, expected=["a", "b", "c"]).close
+    assert close(heard, expected=["a", "b", "c"], waited_s=1.0).close
+
+
+def test_a_minority_does_not_close_a_step_however_long_it_waits():
+    decision = close(reports(b=200), expected=["a", "b"], waited_s=1e6)
+    assert not decision.close and "cannot be reached" in decision.reason
+
+
+def test_after_an_abandoned_plan_the_survivors_close_with_what_is_left():
+    heard = {"a": Report(40, b"12345678", frozen=True)}
+    assert close(heard, expected=["a"]).close
+    assert not close(heard, expected=["a"], all_or_nothing=True).close
+
+
+@pytest.mark.parametrize("live", [1, 2, 3, 4, 5])
+def test_of_two_sides_of_a_broken_link_exactly_one_has_the_quorum(live):
+    peers = [f"p{i}" for i in range(live)]
+    for mask in range(1 << live):
+        side = {p for i, p in enumerate(peers) if mask >> i & 1}
+        assert has_quorum(side, peers) != has_quorum(set(peers) - side, peers)
+
+
+def test_a_plan_seats_all_reporters_and_names_itself_uniquely():
+    heard = reports(b=1, a=2)
+    plan = make_plan(step=3, coordinator="a", reports=heard, nonce=b"n")
+    assert [m.peer for m in plan.members] == ["a", "b"]
+    assert plan.rounds == ((("a", "b"),),)
+    assert len(plan.key) == 16
+    assert plan.key != make_plan(step=3, coordinator="a", reports=heard, nonce=b"m").key
+
+
+def test_members_refuse_a_plan_that_is_not_what_they_reported():
+    plan = make_plan(step=3, coordinator="a", reports=reports(a=5, b=7), nonce=b"n")
+    good = {"me": "b", "step": 3, "my_weight": 7.0, "roster": {"a", "b"}}
+    assert check_plan(plan, **good) is None
+    assert "closes step" in check_plan(plan, **good | {"step": 4})
+    assert "weight" in check_plan(plan, **good | {"my_weight": 6.0})
+    assert "stands 0 times" in check_plan(plan, **good | {"me": "c"})
+    assert "not on the roster" in check_plan(plan, **good | {"roster": {"b"}})
+
+
+def test_majority_state_wins_and_ties_go_to_the_smallest_peer():
+    assert majority_hash({"a": b"x", "b": b"y", "c": b"y"}) == b"y"
+    assert majority_hash({"b": b"y", "a": b"x"}) == b"x"
+    assert majority_hash({}) is None
+
+
+@pytest.mark.parametrize("values,members,align", [(1, 2, 512), (512, 3, 512), (100_000, 7, 512), (5000, 2, 1)])
+def test_slices_cover_the_vector_once_at_aligned_cuts(values, members, align):
+    slices = equal_slices(values, members, align)
+    assert len(slices) == members
+    assert slices[0].start == 0 and slices[-1].stop == values
+    assert all(a.stop == b.start for a, b in zip(slices, slices[1:], strict=False))
+    assert all(s.stop % align == 0 or s.stop == values for s in slices)
+    assert max(map(len, slices)) - min(map(len, slices)) <= 2 * align
+
+
+def test_pieces_cover_a_slice_once():
+    cut = pieces(Slice(10, 1010), 300)
+    assert [len(p) for p in cut] == [300, 300, 300, 100] and cut[0].start == 10
