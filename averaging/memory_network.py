@@ -225,7 +225,7 @@ class MemoryHub:
         while source in self.hung or target in self.hung or frozenset((source, target)) in self.cut:
             if asyncio.get_running_loop().time() > deadline_s:
                 raise LinkError(target, f"{service!r} did not answer within {DIAL_S:.0f} s")
-            await asyncio.sleep(0.05)  # noqa: ASYNC110 - a stopped or cut-off process does not answer
+            await asyncio.sleep(0.05)
         network = self._networks.get(target)
         if network is None:
             raise LinkError(target, "nobody is there", refused=True)

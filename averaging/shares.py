@@ -5,6 +5,7 @@ by bandwidth and mode replace `equal_slices` behind the same result.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ def equal_slices(values: int, members: int, align: int) -> list[Slice]:
     """Cut `values` into one slice per member, each a multiple of `align` but the last non-empty one."""
     blocks = -(-values // align)
     edges = [min(values, blocks * i // members * align) for i in range(members + 1)]
-    return [Slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [Slice(a, b) for a, b in pairwise(edges)]
 
 
 def pieces(part: Slice, piece_values: int) -> list[Slice]:

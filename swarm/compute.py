@@ -150,6 +150,6 @@ class VirtualCompute:
                 await self._changed.wait()
                 continue
             await asyncio.sleep(self._seconds(Priority.FORWARD))
-            while self._stopped():
+            while self._stopped():  # noqa: ASYNC110 - a stopped process is polled, in virtual time
                 await asyncio.sleep(0.05)
             _run(*job)

@@ -74,7 +74,7 @@ class HivemindDirectory:
             raise NoAnswerError(f"no answer from {', '.join(peers)} within {JOIN_S:.0f} s") from None
         except Exception as error:  # the engine raises bare types; all of them mean that joining failed
             text = str(error)
-            if "clock" in text.lower() or "time" in text.lower() and "sync" in text.lower():
+            if "clock" in text.lower() or ("time" in text.lower() and "sync" in text.lower()):
                 raise UserError(
                     "this machine's clock differs from the swarm's by more than 3 s: synchronise it (NTP)"
                 ) from None

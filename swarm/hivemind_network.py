@@ -146,7 +146,7 @@ class HivemindNetwork:
         await self._loopback.serve(service, handler, max_payload_bytes=max_payload_bytes)
 
         async def answer(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writer.transport.pause_reading()
+            cast(asyncio.Transport, writer.transport).pause_reading()
             stream = self._framed(info.peer_id.to_base58(), reader, writer, max_payload_bytes)
             writer.transport.write(GREETING.pack(MAGIC, PROTOCOL_VERSION))
             try:

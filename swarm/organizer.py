@@ -14,6 +14,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -141,11 +142,12 @@ def _best_address(addresses: tuple[str, ...]) -> str:
     return next((a for a in usable if not a.startswith(("/ip4/127.", "/ip6/"))), usable[0])
 
 
-def _print_summary(console: Console, summary: dict) -> None:  # type: ignore[type-arg]
+def _print_summary(console: Console, summary: dict[str, Any]) -> None:
     microbatches, recovery = summary["microbatches"], summary["recovery_s"]
     console.print(
         f"{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['tokens_per_s']} tokens/s; "
         f"held-out loss {summary['initial_loss']} -> {summary['final_loss']} nats per token; "
         f"{summary['kills']} kills, {microbatches['rerouted_hops']} hops rerouted, "
-        f"{microbatches['lost']} gradients lost, recovery {recovery['p50']} s (median), {recovery['max']} s (worst)"
+        f"{microbatches['lost']} gradients lost, recovery {recovery['p50']} s (median), "
+        f"{recovery['max']} s (worst)"
     )

@@ -369,11 +369,16 @@ class HopServer:
         hop.job = job  # type: ignore[assignment]
         try:
             await asyncio.wrap_future(job)
-        except (LeaseExpiredError, NotFiniteError, torch.OutOfMemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate memory" not in str(error).lower():
-                if not isinstance(error, torch.OutOfMemoryError):
-                    raise
-            self._drop_failed(hop, error)
+        except (LeaseExpiredError, NotFiniteError) as error:
+            self._drop_failed(hop, str(error))
+            return False
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            self.mailbox.capacity = max(1, self.mailbox.capacity // 2)
+            self._drop_failed(
+                hop, f"out of memory; now at most {self.mailbox.capacity} microbatches wait here"
+            )
             return False
         except asyncio.CancelledError:
             if job.cancelled():
@@ -383,11 +388,7 @@ class HopServer:
             hop.job = None
         return self.mailbox.get(hop.route.microbatch) is hop or hop.phase is Phase.ACCUMULATED
 
-    def _drop_failed(self, hop: Hop, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, RuntimeError):
-            self.mailbox.capacity = max(1, self.mailbox.capacity // 2)
-            reason = f"out of memory; this peer now admits {self.mailbox.capacity} microbatches"
+    def _drop_failed(self, hop: Hop, reason: str) -> None:
         self.counters["dropped"] += 1
         log.warning("dropped a microbatch: %s", reason)
         self._report(hop, pb.DROPPED, reason=reason)
@@ -518,3 +519,8 @@ class HopServer:
         route = route or hop.route
         seconds = self._clock() - hop.arrived_s
         self.watchers.say(route.trainer, route.session, pack_event(kind, route, seconds=seconds, **details))
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # On CPU torch has no type for it, only this text of its allocator.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -222,9 +222,7 @@ class Stage:
         """Eight bytes that differ when any parameter's bits or the version do."""
         digest = hashlib.sha256(self.version.to_bytes(8, "little"))
         for _, parameter in self._named():
-            digest.update(
-                memoryview(parameter.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B")
-            )
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.digest()[:8]
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:

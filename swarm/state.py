@@ -8,6 +8,7 @@ I/O: one event loop; snapshots in the compute thread.
 """
 
 import asyncio
+import functools
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -83,9 +84,8 @@ async def fetch_state(
             offer, data = await _download(network, stage, donor)
             if offer.version < at_least:
                 continue
-            await asyncio.wrap_future(
-                compute.submit(Priority.STEP, lambda o=offer, d=data: _load(stage, donor, o, d))
-            )
+            load = functools.partial(_load, stage, donor, offer, data)
+            await asyncio.wrap_future(compute.submit(Priority.STEP, load))
             log.info("loaded version %d (%.1f MB) from %s", offer.version, len(data) / 1e6, donor[-8:])
             return True
         except (AveragingError, TimeoutError) as error:

@@ -294,9 +294,7 @@ class Updater:
         self.coordinator.step_closed(version)
         self._say_version(pb.Stepped(version=version, microbatches=microbatches, closed=True))
         self._server.resume_held()
-        log.debug(
-            "applied step %d with %d members, state %s", plan.step, len(members), self.state_hash.hex()
-        )
+        log.debug("applied step %d with %d members, state %s", plan.step, len(members), self.state_hash.hex())
         tokens = sum(m.weight for m in plan.members)
         self._on_step(StepDone(version, members, tokens, averaging_s, sent_bytes, self.state_hash))
 

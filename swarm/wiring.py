@@ -97,7 +97,7 @@ class StageWiring:
         return peer
 
     def observe(self, peer: PeerId, tokens: int, elapsed_s: float) -> None:
-        """Refine the cost of `peer` with one hop of `tokens`, done in `elapsed_s` (queue and transfer too)."""
+        """Refine the cost of `peer` with one hop of `tokens`, `elapsed_s` with queue and transfer."""
         if peer in self._cost_s:  # else removed while its reply was on the way
             self._cost_s[peer] += self.smoothing * (elapsed_s / tokens - self._cost_s[peer])
             self._failures.pop(peer, None)

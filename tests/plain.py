@@ -13,7 +13,9 @@ from swarm.model import build_stage
 from swarm.stage import learning_rate
 
 
-def train_plain(config: RunConfig, microbatches: Iterator[torch.Tensor], steps: int) -> dict[str, torch.Tensor]:
+def train_plain(
+    config: RunConfig, microbatches: Iterator[torch.Tensor], steps: int
+) -> dict[str, torch.Tensor]:
     """Train `steps` steps; returns the parameters of the whole model by name."""
     whole = config.model.model_copy(update={"stages": 1})
     model = build_stage(whole, 0, seed=config.training.seed)

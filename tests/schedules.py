@@ -18,7 +18,7 @@ MICROBATCHES = 40
 
 
 def profile(seed: int) -> list[str]:
-    """The configuration of a schedule: half retain until the step, some delay updates."""
+    """The configuration of a schedule: delayed updates, codecs and kept graphs vary."""
     rng = random.Random(f"profile {seed}")
     return [
         f"training.delayed_updates={rng.choice(['true', 'false'])}",
@@ -87,33 +87,19 @@ class Schedule:
         self.check()
 
     def dump(self) -> None:
-        """Note what hangs."""
+        """Note what hangs: the microbatches that are not settled and the peers' steps."""
         for flight in list(self.sim.pipeline.ledger._flights.values()):
-            number = int.from_bytes(flight.id, "big")
-            if number < MICROBATCHES:
-                self.note(
-                    f"{number} unplaced {flight.unplaced} attempt {flight.attempt} avoid {flight.avoid}"
-                )
+            if int.from_bytes(flight.id, "big") < MICROBATCHES:
+                self.note(f"{int.from_bytes(flight.id, 'big')} attempt {flight.attempt} {flight.unplaced}")
                 for hop in flight.hops:
                     self.note(f"    {hop}")
         for p in self.sim.peers.values():
             if hasattr(p.peer, "updater"):
-                updater = p.peer.updater
-                self.note(
-                    f"{p.id} version {p.peer.stage.version} acc {p.peer.stage.accumulator.tokens} "
-                    f"frozen {updater._frozen and updater._frozen.tokens} to {updater._reporting_to} "
-                    f"held {p.peer._compute._queue.held} queued {p.compute.queued} dead {updater._dead_s}"
-                )
-                for b in updater.coordinator._ballots:
-                    self.note(
-                        f"    step {b.step} {b.reason!r} plan {b.plan is not None} {list(b.reports)} {b.holds}"
-                    )
-                for hop in p.peer.server.mailbox:
-                    n = int.from_bytes(hop.route.microbatch, "big")
-                    if n < MICROBATCHES:
-                        self.note(
-                            f"    {n} {hop.phase} a{hop.route.attempt} grad {hop.grad is not None} {hop.sending} job {hop.job}"
-                        )
+                updater, stage = p.peer.updater, p.peer.stage
+                self.note(f"{p.id} version {stage.version}, {stage.accumulator.tokens} tokens")
+                self.note(f"    reports to {updater._reporting_to or 'nobody'}, dead {updater._dead_s}")
+                for ballot in updater.coordinator._ballots:
+                    self.note(f"    ballot {ballot.step}: {ballot.reason}, {sorted(ballot.reports)}")
         self.note(str(self.sim.pipeline.ledger.counters))
 
     def all_settled(self) -> bool:
@@ -239,7 +225,8 @@ def main() -> None:
             failed.append(seed)
             print(error)
     print(
-        f"{count - len(failed)} of {count} schedules hold, {time.time() - began_s:.1f} s, {dict(faults)}, {failed}"
+        f"{count - len(failed)} of {count} schedules hold, {time.time() - began_s:.1f} s, "
+        f"{dict(faults)}, failed: {failed}"
     )
 
 

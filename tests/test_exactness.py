@@ -82,7 +82,9 @@ async def train(swarm: RealSwarm, disturb=None) -> Trainer:
     return trainer
 
 
-async def whole_run(config: RunConfig, folder: Path, disturb=None) -> tuple[RealSwarm, dict[str, torch.Tensor]]:
+async def whole_run(
+    config: RunConfig, folder: Path, disturb=None
+) -> tuple[RealSwarm, dict[str, torch.Tensor]]:
     async with real_swarm(config, folder) as swarm:
         for stage in (0, 1, 2):
             for _ in range(2):

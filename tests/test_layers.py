@@ -56,4 +56,6 @@ def test_generated_messages_are_up_to_date(tmp_path):
     assert protoc.main(["protoc", f"-I{ROOT}", f"--python_out={tmp_path}", *protos]) == 0
     for proto in protos:
         generated = proto.replace(".proto", "_pb2.py")
-        assert (tmp_path / generated).read_text() == (ROOT / generated).read_text(), f"run `make messages`: {proto}"
+        assert (tmp_path / generated).read_text() == (ROOT / generated).read_text(), (
+            f"run `make messages`: {proto}"
+        )

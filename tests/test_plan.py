@@ -1,4 +1,5 @@
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -93,12 +94,14 @@ def test_majority_state_wins_and_ties_go_to_the_smallest_peer():
     assert majority_hash({}) is None
 
 
-@pytest.mark.parametrize("values,members,align", [(1, 2, 512), (512, 3, 512), (100_000, 7, 512), (5000, 2, 1)])
+@pytest.mark.parametrize(
+    "values,members,align", [(1, 2, 512), (512, 3, 512), (100_000, 7, 512), (5000, 2, 1)]
+)
 def test_slices_cover_the_vector_once_at_aligned_cuts(values, members, align):
     slices = equal_slices(values, members, align)
     assert len(slices) == members
     assert slices[0].start == 0 and slices[-1].stop == values
-    assert all(a.stop == b.start for a, b in zip(slices, slices[1:], strict=False))
+    assert all(a.stop == b.start for a, b in pairwise(slices))
     assert all(s.stop % align == 0 or s.stop == values for s in slices)
     assert max(map(len, slices)) - min(map(len, slices)) <= 2 * align
 

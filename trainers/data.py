@@ -111,7 +111,7 @@ def _dataset(data: DataConfig, validation: bool):  # type: ignore[no-untyped-def
             return datasets.load_dataset(path, data.subset, split="train", streaming=True)
         except (OSError, ValueError) as error:
             raise UserError(f"data.path: cannot open dataset {path!r} on the Hub: {error}") from None
-    files = sorted(glob.glob(path, recursive=True))
+    files = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute patterns
     if not files:
         raise UserError(f"data.path: no such file: {path}")
     if data.source == "text":

@@ -585,11 +585,11 @@ class Ledger:
         for stage in sorted(placing):
             source = self._trainer if stage == 0 else flight.hops[stage - 1].peer or ""
             hop = flight.hops[stage]
-            hop.peer, hop.has_input, hop.due_s, hop.cancelling = (
-                self._wirings[stage].choose(flight.token_count, now_s=now_s, source=source, avoid=flight.avoid),
-                False, None, False,
-            )  # fmt: skip
-            flight.touched.add(hop.peer)
+            peer = self._wirings[stage].choose(
+                flight.token_count, now_s=now_s, source=source, avoid=flight.avoid
+            )
+            hop.peer, hop.has_input, hop.due_s, hop.cancelling = peer, False, None, False
+            flight.touched.add(peer)
         flight.unplaced, flight.routed = set(), True
         flight.retries.clear()
         flight.attempt += not first

@@ -11,6 +11,7 @@ I/O: one event loop. The decisions are the ledger's.
 """
 
 import asyncio
+import functools
 import logging
 import random
 import secrets
@@ -139,7 +140,7 @@ class Pipeline:
                     if record.peer not in self._watched and not banned:
                         task = asyncio.create_task(self._watch(stage, record.peer))
                         self._watched[record.peer] = Watched(stage, task)
-                        task.add_done_callback(lambda done, p=record.peer: self._unwatch(p, done))
+                        task.add_done_callback(functools.partial(self._unwatch, record.peer))
             period_s = self._config.network.announce_s / 2
             await asyncio.sleep(period_s if self.ready_stages == self._config.model.stages else 0.2)
 

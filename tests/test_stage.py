@@ -1,0 +1,148 @@
+import copy
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+
+from swarm.config import parse_run
+from swarm.model import build_stage
+from swarm.model.llama import layer_costs
+from swarm.partition import partition
+from swarm.stage import Stage, learning_rate
+
+
+def config(*overrides: str):
+    text = "name: x\nmodel: {width: 32, layers: 5, heads: 2, vocabulary: 50, stages: 3}\n"
+    return parse_run(text, source="f", overrides=list(overrides))
+
+
+def make_stages(run, stages=None):
+    count = stages or run.model.stages
+    model = run.model.model_copy(update={"stages": count})
+    return [Stage(build_stage(model, i, seed=7), run.training, stage=i, stages=count) for i in range(count)]
+
+
+def tokens(seed=0, batch=2, length=9):
+    return torch.randint(0, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+def test_the_model_computes_the_same_however_it_is_cut(stages):
+    run = config()
+    whole, parts = make_stages(run, 1), make_stages(run, stages)
+    x = expected = tokens()
+    with torch.no_grad():
+        expected = whole[0].module(expected)
+        for part in parts:
+            x = part.module(x)
+    assert torch.equal(x, expected)
+
+
+def test_initial_parameters_do_not_depend_on_the_cut_or_the_process():
+    run = config()
+    whole = dict(make_stages(run, 1)[0].module.named_parameters())
+    parts = {n: p for s in make_stages(run, 3) for n, p in s.module.named_parameters()}
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[n], parts[n]) for n in whole)
+
+
+def test_parameter_names_are_those_of_hugging_faces_llama():
+    names = {n for n, _ in make_stages(config(), 1)[0].module.named_parameters()}
+    layer = {
+        f"model.layers.0.{part}.weight"
+        for part in (
+            "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
+        )
+    }  # fmt: skip
+    assert layer | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= names
+    assert len(names) == 5 * 9 + 3
+
+
+def test_gradients_through_stages_equal_those_of_the_whole_model():
+    run, batch = config(), tokens(3)
+    whole, parts = make_stages(run, 1)[0], make_stages(run, 3)
+    _, expected, _ = whole.loss_backward(batch[:, :-1], batch[:, 1:])
+    a, graph_a = parts[0].forward(batch[:, :-1], keep_graph=True)
+    b, graph_b = parts[1].forward(a, keep_graph=True)
+    _, last, grad_b = parts[2].loss_backward(b, batch[:, 1:])
+    middle, grad_a = parts[1].backward(graph_b, grad_b)
+    first, nothing = parts[0].backward(graph_a, grad_a)
+    assert nothing is None
+    by_name = dict(zip([n for n, _ in whole.module.named_parameters()], expected, strict=True))
+    for stage, gradients in zip(parts, (first, middle, last), strict=True):
+        for (name, _), gradient in zip(stage.module.named_parameters(), gradients, strict=True):
+            torch.testing.assert_close(gradient, by_name[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_graph_kept_over_a_step_runs_backward_with_its_own_weights():
+    run = config()
+    stage = make_stages(run, 3)[1]
+    x = torch.randn(2, 8, 32)
+    _, graph = stage.forward(x.clone(), keep_graph=True)
+    expected, _ = copy.deepcopy(stage).backward(
+        stage.forward(x.clone(), keep_graph=True)[1], torch.ones(2, 8, 32)
+    )
+    stage.apply(torch.randn(stage.values))
+    gradients, _ = stage.backward(graph, torch.ones(2, 8, 32))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+def test_state_moves_to_another_stage_bit_by_bit_and_trains_on_alike():
+    run = config()
+    donor, newcomer = make_stages(run, 3)[1], make_stages(run, 3)[1]
+    for seed in range(3):
+        donor.apply(torch.randn(donor.values, generator=torch.Generator().manual_seed(seed)))
+    newcomer.load(donor.state(), donor.version)
+    assert newcomer.hash() == donor.hash()
+    for stage in (donor, newcomer):
+        stage.apply(torch.ones(stage.values))
+    assert newcomer.hash() == donor.hash() and newcomer.version == 4
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    run = config()
+    stage, other = make_stages(run, 3)[1], make_stages(run, 3)[0]
+    before = stage.hash()
+    with pytest.raises(ValueError, match="names differ"):
+        stage.load(other.state(), 5)
+    wrong = stage.state()
+    name = next(iter(wrong))
+    wrong[name] = torch.zeros(1)
+    with pytest.raises(ValueError, match="is not"):
+        stage.load(wrong, 5)
+    assert stage.hash() == before and stage.version == 0
+
+
+def test_mean_is_per_token_and_freeze_begins_a_new_sum():
+    stage = make_stages(config(), 3)[1]
+    ones = [torch.ones_like(p) for p in stage.module.parameters()]
+    stage.accumulate(b"a", ones, 3)
+    stage.accumulate(b"b", ones, 1)
+    frozen = stage.freeze()
+    assert torch.equal(stage.mean(frozen), torch.full((stage.values,), 0.5))
+    assert frozen.microbatches == [b"a", b"b"] and frozen.step == 0
+    assert stage.accumulator.step == 1 and stage.accumulator.tokens == 0
+
+
+def test_learning_rate_warms_up_and_decays():
+    optimizer = config("training.optimizer.warmup_steps=10").training.optimizer
+    rates = [learning_rate(optimizer, step, 100) for step in range(120)]
+    assert rates[9] == optimizer.lr and rates[0] == optimizer.lr / 10
+    assert all(a >= b for a, b in pairwise(rates[9:]))
+    assert rates[100] == pytest.approx(optimizer.lr * optimizer.final_lr)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 7])
+def test_partition_is_the_best_of_all(stages):
+    costs = [5.0, 1, 1, 1, 4, 2, 3]
+    cut = partition(costs, stages)
+    assert [i for part in cut for i in part] == list(range(7)) and all(len(p) for p in cut)
+    worst = max(sum(costs[i] for i in part) for part in cut)
+    edges = [(0, *c, 7) for c in combinations(range(1, 7), stages - 1)]
+    assert worst == min(max(sum(costs[a:b]) for a, b in pairwise(e)) for e in edges)
+
+
+def test_layer_costs_count_the_head_with_the_last_layer():
+    costs = layer_costs(config().model)
+    assert costs[-1] > costs[0] and len(set(costs[:-1])) == 1
