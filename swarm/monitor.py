@@ -192,6 +192,7 @@ class Monitor:
             "recovery_s": {
                 "p50": round(statistics.median(recoveries), 3) if recoveries else None,
                 "max": round(max(recoveries), 3) if recoveries else None,
+                "all": [round(seconds, 3) for seconds in recoveries],
             },
             "wire_bytes": {
                 "activations": peers["activation_bytes"],

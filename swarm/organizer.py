@@ -48,6 +48,7 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
     async with joined([], listen=options.host, port=options.port, identity=identity) as here:
         await here.directory.publish_manifest(pack_manifest(dump_run(config)))
         await here.directory.manifest(here.network.peer_id)
+        (folder / "address").write_text(_best_address(here.addresses) + "\n")
         command = f"swarm-peer --join {_best_address(here.addresses)}"
         console.print(f"others join with:  [bold]{command}[/]", soft_wrap=True)
         monitor = Monitor(config, folder)

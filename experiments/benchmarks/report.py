@@ -1,0 +1,63 @@
+"""The shape that every benchmark reports in: a table for people, one line of JSON for programs."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def machine() -> str:
+    """This machine in one line."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:  # noqa: PTH123
+            model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return (
+        f"{os.cpu_count()} cores, {model}{gpu}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def report(
+    benchmark: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float], as_json: bool
+) -> None:
+    """Print the rows as a table and the ratios; with `as_json` end in one line of JSON."""
+    console = Console()
+    table = Table(title=f"{benchmark}, {time.strftime('%Y-%m-%d')}, {machine()}", title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(_text(row.get(column, "")) for column in columns))
+    console.print(table)
+    for name, value in ratios.items():
+        console.print(f"{name} = {value:.3f}")
+    if as_json:
+        rounded = {name: round(value, 4) for name, value in ratios.items()}
+        line = {"benchmark": benchmark, "machine": machine(), "rows": list(rows), "ratios": rounded}
+        print(json.dumps(line))
+
+
+def median_s(work: Callable[[], object], runs: int, warm_up: int = 2) -> float:
+    """Median wall seconds of `work`."""
+    for _ in range(warm_up):
+        work()
+    times = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def _text(value: Any) -> str:
+    return f"{value:,.3f}" if isinstance(value, float) else str(value)
