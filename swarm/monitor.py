@@ -224,7 +224,7 @@ class Monitor:
         self.plot(kills)
         if self._wandb is not None:
             self._wandb.summary.update({k: v for k, v in summary.items() if not isinstance(v, list | dict)})
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
         console.print(f"summary, metrics and plot are in {self.folder}/")
         return summary
 

@@ -92,6 +92,7 @@ class Peer:
         donors = sorted(self._roster.values(), key=lambda record: -record.version)
         if donors and not await self._fetch([record.peer for record in donors]):
             log.warning("no peer of stage %d gives its state: starting from the seed", self._stage_number)
+        self.server.announced_version = self.stage.version
         await self.server.start()
         await self.updater.start()
         self._state.available = True
@@ -132,7 +133,7 @@ class Peer:
         counters = self.server.counters + self.updater.counters
         return {
             "stage": self._stage_number,
-            "version": self.stage.version,
+            "version": self.server.announced_version,
             "queue": self._compute.queued,
             "held": len(self.server.mailbox),
             "retained_bytes": self.server.mailbox.retained_bytes,
