@@ -63,6 +63,7 @@ class StepDone:
     averaging_s: float
     sent_bytes: int
     state_hash: bytes
+    hash_before: bytes
 
 
 class Updater:
@@ -277,18 +278,24 @@ class Updater:
             self._frozen, self._redo, self._doubtful = None, False, None
             self._server.orphans.difference_update(frozen.microbatches)
             averaging_s = asyncio.get_running_loop().time() - began_s
+            hash_before = self.state_hash
             self.state_hash = await self._in_compute(lambda: self._apply(result.mean))
         finally:
             self._compute.hold(False)
         self.counters["averaging_bytes"] += result.sent_bytes
-        self._applied(plan, microbatches, averaging_s, result.sent_bytes)
+        self._applied(plan, microbatches, averaging_s, result.sent_bytes, hash_before)
 
     def _apply(self, mean: torch.Tensor) -> bytes:
         self._stage.apply(mean)
         return self._stage.hash()
 
     def _applied(
-        self, plan: Plan, microbatches: Collection[bytes], averaging_s: float, sent_bytes: int
+        self,
+        plan: Plan,
+        microbatches: Collection[bytes],
+        averaging_s: float,
+        sent_bytes: int,
+        hash_before: bytes,
     ) -> None:
         version, members = self._stage.version, tuple(m.peer for m in plan.members)
         self.coordinator.step_closed(version)
@@ -296,7 +303,8 @@ class Updater:
         self._server.resume_held()
         log.debug("applied step %d with %d members, state %s", plan.step, len(members), self.state_hash.hex())
         tokens = sum(m.weight for m in plan.members)
-        self._on_step(StepDone(version, members, tokens, averaging_s, sent_bytes, self.state_hash))
+        done = StepDone(version, members, tokens, averaging_s, sent_bytes, self.state_hash, hash_before)
+        self._on_step(done)
 
     async def _average(
         self, plan: Plan, frozen: Accumulator, stream: Stream

@@ -182,19 +182,16 @@ class Schedule:
         sim = self.sim
         assert not sim.errors, sim.errors
         assert not sim.abandoned, sim.abandoned
-        included: defaultdict[tuple[int, int], dict[str, bool]] = defaultdict(dict)
-        for _, stage, done in sim.steps:
-            for member in done.members:
-                included[stage, done.version - 1][member] = True
+        for (stage, version), hashes in sim.hashes.items():
+            self.note(f"stage {stage} version {version}: {len(hashes)} states") if len(hashes) > 1 else None
+        gradients = [Counter(microbatch for microbatch, _ in sim.lineage(stage)) for stage in range(3)]
         for number in range(MICROBATCHES):
             microbatch = number.to_bytes(16, "big")
-            assert sim.completed[microbatch] == 1, (
-                f"microbatch {number} completed {sim.completed[microbatch]} times"
-            )
+            completed = sim.completed[microbatch]
+            assert completed == 1, f"microbatch {number} completed {completed} times"
             for stage in range(3):
-                applied = [a for a in sim.applied if a[0] == stage and a[1] == microbatch]
-                peers = {(peer, step) for _, _, peer, step in applied}
-                assert len(peers) == 1, f"microbatch {number} is {len(peers)} times in stage {stage}: {peers}"
+                times = gradients[stage][microbatch]
+                assert times == 1, f"microbatch {number} is {times} times in stage {stage}"
 
 
 def run(seed: int) -> Schedule:

@@ -41,6 +41,9 @@ def tiny_run(*overrides: str) -> RunConfig:
     return parse_run(TINY, source="tiny", overrides=list(overrides))
 
 
+Node = tuple[int, int, bytes]  # (stage, version, state hash)
+
+
 @dataclass(slots=True)
 class SimPeer:
     id: PeerId
@@ -63,7 +66,8 @@ class Sim:
         self.peers: dict[PeerId, SimPeer] = {}
         self.names = itertools.count()
         self.contributed: dict[PeerId, dict[int, list[bytes]]] = {}  # peer -> step -> microbatches
-        self.applied: set[tuple[int, bytes, PeerId, int]] = set()  # (stage, microbatch, peer, step)
+        self.parent: dict[Node, Node] = {}  # state -> the state it was stepped from
+        self.contents: dict[Node, set[tuple[bytes, PeerId]]] = {}  # what that step added, from whom
         self.hashes: dict[tuple[int, int], set[bytes]] = {}  # (stage, version) -> state hashes seen
         self.steps: list[tuple[PeerId, int, StepDone]] = []  # (peer, stage, what)
         self.completed: Counter[bytes] = Counter()
@@ -117,11 +121,29 @@ class Sim:
     def _stepped(self, peer_id: PeerId, stage: int, done: StepDone) -> None:
         """Log what went into an applied step: the microbatches that every member contributed to it."""
         self.steps.append((peer_id, stage, done))
+        node = (stage, done.version, done.state_hash)
+        self.parent[node] = (stage, done.version - 1, done.hash_before)
+        contents = self.contents.setdefault(node, set())
         self.on_log(f"{peer_id} applied step {done.version - 1} with {[m[:6] for m in done.members]}")
         self.hashes.setdefault((stage, done.version), set()).add(done.state_hash)
         for member in done.members:
             for microbatch in self.contributed[member].get(done.version - 1, ()):
-                self.applied.add((stage, microbatch, member, done.version - 1))
+                contents.add((microbatch, member))
+
+    def lineage(self, stage: int) -> list[tuple[bytes, PeerId]]:
+        """(microbatch, peer) of every gradient in the state that the living peers of a stage hold.
+
+        What only dead peers had applied is not in it: it had to be computed again.
+        """
+        living = [p.peer for p in self.peers.values() if p.stage == stage and hasattr(p.peer, "updater")]
+        newest = max(living, key=lambda peer: peer.stage.version)
+        node: Node | None = (stage, newest.stage.version, newest.stage.hash())
+        found: list[tuple[bytes, PeerId]] = []
+        while node in self.parent:
+            found += sorted(self.contents[node])
+            node = self.parent[node]
+        assert node is not None and node[1] == 0, f"the history of stage {stage} breaks off at {node}"
+        return found
 
     def _peer_ended(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -332,6 +332,8 @@ class Ledger:
         if stage is None:
             return []
         self._versions[stage].pop(event.peer, None)
+        newest = self._newest(stage)  # what only dead peers had applied died with them
+        self._contents[stage] = {s: m for s, m in self._contents[stage].items() if s < newest}
         if event.left:
             self._wirings[stage].remove(event.peer)
         else:
@@ -527,6 +529,8 @@ class Ledger:
             if event.status == pb.UNKNOWN and hop.has_input and hop.phase < Phase.ACCUMULATED:
                 hop.cancelling = True  # it may have arrived since it said so
                 return [Cancel(event.peer, ((flight.id, flight.attempt),))]
+            if event.status == pb.UNKNOWN and hop.phase >= Phase.ACCUMULATED and not flight.completed:
+                return self._place(flight, now_s, suppliers={stage})  # it no longer has what it sent
             return []
         if event.status in (pb.ACCEPTED, pb.DUPLICATE):
             return self._has_input(flight, 0, now_s)
