@@ -178,7 +178,8 @@ class Coordinator:
             while True:
                 await stream.send(alive)
                 await asyncio.sleep(ALIVE_S)
-                if stream.remote == self._network.peer_id and ballot.plan is None:
+                first = next(iter(ballot.streams.values()), None)
+                if first is stream and ballot.plan is None:  # one of its beats looks after a ballot
                     await self._look_for(ballot)
         except LinkError:
             stream.abort()
