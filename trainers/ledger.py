@@ -475,6 +475,8 @@ class Ledger:
 
     def _push_failed(self, flight: Flight, stage: int, event: HopEvent, now_s: float) -> list[Command]:
         next_stage = stage - 1 if event.backward else stage + 1
+        if not 0 <= next_stage < len(flight.hops):
+            return []  # a peer that makes no sense
         target = flight.hops[next_stage]
         if event.status == pb.CLOSED and target.peer == event.target:
             return self._in_closed_step(flight, next_stage, now_s)

@@ -1,0 +1,201 @@
+"""The ledger alone: events in, commands out."""
+
+import random
+
+from swarm import swarm_pb2 as pb
+from swarm.messages import pack_tokens
+from swarm.wiring import StageWiring
+from trainers.ledger import (
+    Answered,
+    Cancel,
+    CancelAnswered,
+    Completed,
+    HopEvent,
+    Ledger,
+    PeerGone,
+    PeerReady,
+    PushTokens,
+    Release,
+    Resend,
+    SteppedEvent,
+    Tick,
+)
+
+M = b"m" * 16
+
+
+def make_ledger(stages=3, pool=2, **arguments):
+    wirings = [StageWiring(stage=s, rng=random.Random(s), prior_cost_s=1.0) for s in range(stages)]
+    defaults = {"hop_deadline_s": 10.0, "retain_until_step": False}
+    ledger = Ledger(trainer="t", session=b"s" * 8, wirings=wirings, **defaults | arguments)
+    for stage in range(stages):
+        for number in range(pool):
+            ledger.handle(PeerReady(stage, f"{stage}{'ab'[number]}", 0), 0.0)
+    return ledger
+
+
+def issue(ledger):
+    import torch
+
+    tokens = pack_tokens(torch.zeros(1, 5))
+    (push,) = ledger.issue(M, tokens, sequences=1, evaluate=False, step=0, now_s=0.0)
+    assert isinstance(push, PushTokens)
+    return push.route
+
+
+def say(ledger, peer, kind, now_s=1.0, **details):
+    return ledger.handle(HopEvent(peer=peer, kind=kind, microbatch=M, **details), now_s)
+
+
+def carry(ledger, route, *, down_to=0):
+    """Report everything of a healthy pass until stage `down_to` has accumulated."""
+    commands = list(ledger.handle(Answered(route.peers[0], M, route.attempt, pb.ACCEPTED, push=True), 1.0))
+    for peer in route.peers[:-1]:
+        commands += say(ledger, peer, pb.FORWARDED)
+    for peer in reversed(route.peers[down_to:]):
+        commands += say(ledger, peer, pb.BACKWARDED, loss=5.0)
+    return commands
+
+
+def test_a_healthy_microbatch_is_completed_and_released_at_all_its_peers():
+    ledger = make_ledger()
+    route = issue(ledger)
+    commands = carry(ledger, route)
+    assert [c for c in commands if isinstance(c, Completed)] == [Completed(M, 4, 5.0, False)]
+    assert {c.peer for c in commands if isinstance(c, Release)} == set(route.peers)
+    assert ledger.in_flight == 0
+
+
+def test_until_the_step_nothing_is_released_before_it_is_applied():
+    ledger = make_ledger(retain_until_step=True)
+    route = issue(ledger)
+    assert not [c for c in carry(ledger, route) if isinstance(c, Release)]
+    released = []
+    for stage in range(3):
+        for peer in (f"{stage}a", f"{stage}b"):
+            released += ledger.handle(SteppedEvent(peer, 1, frozenset((M,))), 2.0)
+    assert {c.peer for c in released if isinstance(c, Release)} == set(route.peers)
+    assert ledger.unsettled == 0
+
+
+def test_duplicate_and_late_events_change_nothing():
+    ledger = make_ledger()
+    route = issue(ledger)
+    carry(ledger, route)
+    for peer in route.peers:
+        for kind in (pb.FORWARDED, pb.BACKWARDED, pb.ARRIVED, pb.PUSH_FAILED):
+            assert not [c for c in say(ledger, peer, kind) if not isinstance(c, Release)]
+    assert ledger.counters["completed"] == 1
+
+
+def test_a_dead_middle_peer_is_replaced_and_its_neighbours_send_again():
+    ledger = make_ledger()
+    route = issue(ledger)
+    say(ledger, route.peers[0], pb.FORWARDED)
+    first, dead, last = route.peers
+    commands = ledger.handle(PeerGone(dead), 2.0)
+    resends = [c for c in commands if isinstance(c, Resend)]
+    assert [(c.peer, c.backward) for c in resends] == [(first, False), (last, True)]
+    new = resends[0].route
+    assert new.peers[1] not in (dead,) and new.peers[0] == first and new.peers[2] == last
+    assert new.attempt == 1
+
+
+def test_a_dead_first_peer_gets_the_token_ids_from_the_trainer():
+    ledger = make_ledger()
+    route = issue(ledger)
+    (push, resend) = ledger.handle(PeerGone(route.peers[0]), 2.0)
+    assert isinstance(push, PushTokens) and isinstance(resend, Resend) and resend.backward
+
+
+def test_neighbours_of_two_dead_peers_in_a_row_skip_the_gap():
+    ledger = make_ledger()
+    route = issue(ledger)
+    say(ledger, route.peers[0], pb.FORWARDED)
+    ledger.handle(PeerGone(route.peers[1]), 2.0)
+    commands = ledger.handle(PeerGone(route.peers[2]), 2.0)
+    assert [type(c) for c in commands] == [Resend]  # the new peer of stage 1 computes and pushes on
+    assert not commands[0].backward
+
+
+def test_a_busy_target_costs_nobody_a_ban():
+    ledger = make_ledger()
+    route = issue(ledger)
+    target = route.peers[1]
+    commands = say(ledger, route.peers[0], pb.PUSH_FAILED, target=target, status=pb.BUSY)
+    assert commands[0].route.peers[1] != target
+    assert ledger._wirings[1].choose(1) and target in ledger._wirings[1]
+
+
+def test_a_lone_busy_target_is_tried_again_later():
+    ledger = make_ledger(pool=1)
+    route = issue(ledger)
+    target = route.peers[1]
+    assert say(ledger, route.peers[0], pb.PUSH_FAILED, target=target, status=pb.BUSY) == []
+    assert ledger.handle(Tick(), 1.05) == []
+    (again,) = ledger.handle(Tick(), 1.2)
+    assert isinstance(again, Resend) and again.peer == route.peers[0]
+
+
+def test_without_an_answer_the_target_is_cancelled_before_another_gets_the_hop():
+    ledger = make_ledger()
+    route = issue(ledger)
+    target = route.peers[1]
+    commands = say(ledger, route.peers[0], pb.PUSH_FAILED, target=target, status=pb.LINK)
+    assert commands == [Cancel(target, ((M, 0),))]
+    commands = ledger.handle(CancelAnswered(target, (M,), ()), 2.0)
+    assert any(isinstance(c, Resend) and c.route.attempt == 1 for c in commands)
+
+
+def test_a_cancelled_peer_that_had_accumulated_keeps_the_hop():
+    ledger = make_ledger()
+    route = issue(ledger)
+    carry(ledger, route, down_to=2)
+    slow = route.peers[1]
+    cancels = ledger.handle(Tick(), 50.0)
+    assert Cancel(slow, ((M, 0),)) in cancels
+    commands = ledger.handle(CancelAnswered(slow, (M,), ((M, 0, 0.0),)), 51.0)
+    assert not [c for c in commands if isinstance(c, Resend)]
+    assert [c for c in say(ledger, route.peers[0], pb.BACKWARDED) if isinstance(c, Completed)]
+
+
+def test_a_timeout_teaches_the_wiring():
+    ledger = make_ledger()
+    route = issue(ledger)
+    ledger.handle(Answered(route.peers[0], M, 0, pb.ACCEPTED, push=True), 1.0)
+    before = ledger._wirings[0]._cost_s[route.peers[0]]
+    ledger.handle(Tick(), 50.0)
+    assert ledger._wirings[0]._cost_s[route.peers[0]] > before
+
+
+def test_a_gradient_that_died_with_its_peer_is_lost_or_computed_again():
+    for retain, expected in ((False, "lost"), (True, "rerouted_hops")):
+        ledger = make_ledger(retain_until_step=retain)
+        route = issue(ledger)
+        carry(ledger, route)
+        ledger.handle(PeerGone(route.peers[1]), 2.0)
+        survivor = next(p for p in ("1a", "1b") if p != route.peers[1])
+        ledger.handle(SteppedEvent(survivor, 1, frozenset()), 3.0)
+        assert ledger.counters[expected] == 1, expected
+
+
+def test_a_gradient_that_is_in_the_step_survives_its_peer():
+    ledger = make_ledger(retain_until_step=True)
+    route = issue(ledger)
+    carry(ledger, route)
+    ledger.handle(PeerGone(route.peers[1]), 2.0)
+    survivor = next(p for p in ("1a", "1b") if p != route.peers[1])
+    commands = ledger.handle(SteppedEvent(survivor, 1, frozenset((M,))), 3.0)
+    assert not [c for c in commands if isinstance(c, Resend)]
+    assert ledger.counters["rerouted_hops"] == ledger.counters["lost"] == 0
+
+
+def test_a_microbatch_that_is_refused_everywhere_is_given_up():
+    ledger = make_ledger()
+    issue(ledger)
+    for _ in range(20):
+        flight = next(iter(ledger._flights.values()), None)
+        if flight is None:
+            break
+        say(ledger, flight.hops[0].peer, pb.DROPPED, reason="not finite")
+    assert ledger.in_flight == 0 and ledger.counters["lost"] == 1

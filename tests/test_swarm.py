@@ -1,0 +1,161 @@
+"""The whole swarm in virtual time: what must hold when nothing, or one particular thing, goes wrong."""
+
+import torch
+
+from averaging import virtual_time
+from averaging.codecs import CODECS
+from swarm import swarm_pb2 as pb
+from swarm.messages import Push, Route, pack_tokens
+from tests.sim import Sim, tiny_run
+
+
+def simulate(test, *overrides, peers=2, **arguments):
+    """Run `test(sim)` on a swarm that is ready."""
+
+    async def main():
+        sim = Sim(tiny_run(*overrides), seed=0, **arguments)
+        for stage in range(3):
+            for _ in range(peers):
+                await sim.start_peer(stage)
+        await sim.start_trainer()
+        await sim.until(lambda: sim.pipeline.ready_stages == 3 and sim.all_acquainted())
+        await test(sim)
+        assert not sim.errors, sim.errors
+
+    virtual_time.run(main())
+
+
+async def train(sim, count, first=0):
+    for number in range(first, first + count):
+        await sim.until(lambda: sim.pipeline.ledger.in_flight < 6)
+        sim.issue(number)
+    await sim.until(lambda: len(sim.completed) >= first + count)
+
+
+def test_without_faults_nothing_is_rerouted_and_stages_stay_identical():
+    async def test(sim):
+        await train(sim, 80)
+        counters = sim.pipeline.ledger.counters
+        assert counters["rerouted_hops"] == counters["lost"] == 0
+        assert min(p.peer.stage.version for p in sim.peers.values()) >= 5
+        assert all(len(states) == 1 for states in sim.hashes.values())
+
+    simulate(test)
+
+
+def test_bytes_retained_until_the_microbatch_are_released_with_it():
+    async def test(sim):
+        await train(sim, 30)
+        await sim.until(lambda: sim.retained_bytes() == 0, 5)
+
+    simulate(test, "pipeline.retain_until=microbatch")
+
+
+def test_evaluation_accumulates_nothing_and_agrees_with_the_model():
+    async def test(sim):
+        microbatch = sim.issue(7, evaluate=True)
+        await sim.until(lambda: microbatch in sim.losses)
+        stages = {p.stage: p.peer.stage for p in sim.peers.values()}
+        tokens = torch.randint(0, 16, (1, 5), generator=torch.Generator().manual_seed(7))
+        with torch.no_grad():
+            x = tokens[:, :-1]
+            for number in range(3):
+                x = stages[number].module(x)
+            loss = float(stages[2].loss(x, tokens[:, 1:])) / 4
+        assert abs(sim.losses[microbatch] - loss) < 1e-5
+        assert all(stage.accumulator.tokens == 0 for stage in stages.values())
+        await sim.until(lambda: sim.retained_bytes() == 0, 5)
+
+    simulate(test)
+
+
+def test_a_killed_peers_hops_are_accepted_elsewhere_within_half_a_second():
+    async def test(sim):
+        for number in range(8):
+            sim.issue(number)
+        await sim.until(lambda: any(p.compute.queued for p in sim.peers.values() if p.stage == 1))
+        victim = next(p.id for p in sim.peers.values() if p.stage == 1 and p.compute.queued)
+        sim.kill(victim)
+        await sim.until(lambda: len(sim.completed) == 8)
+        assert sim.recovered and all(r.recovered_s - r.noticed_s < 0.5 for r in sim.recovered)
+
+    simulate(test, compute_s=0.01)
+
+
+def test_a_leaving_peer_says_goodbye_and_is_not_banned():
+    async def test(sim):
+        leaver = next(iter(sim.peers))
+        await train(sim, 10)
+        leaving = sim.peers.pop(leaver)
+        leaving.task.cancel()
+        await leaving.peer.leave()
+        await sim.until(lambda: leaver not in sim.pipeline._watched)
+        assert not sim.pipeline._wirings[0].is_banned(leaver, sim.clock())
+        await train(sim, 10, first=10)
+
+    simulate(test)
+
+
+def test_microbatches_wait_for_a_stage_without_peers_and_go_on_when_one_comes():
+    async def test(sim):
+        for peer in [p.id for p in sim.peers.values() if p.stage == 1]:
+            sim.kill(peer)
+        sim.issue(0)
+        await sim.until(lambda: sim.clock() > 20)
+        assert not sim.completed
+        await sim.start_peer(1)
+        await sim.until(lambda: len(sim.completed) == 1)
+
+    simulate(test, peers=1)
+
+
+def make_push(sim, target, sender, **changes):
+    peers = sorted(p.id for p in sim.peers.values())
+    route = Route(
+        microbatch=b"m" * 16, session=sim.pipeline.session, trainer="trainer", attempt=0,
+        peers=tuple(peers), forward_until=2, backward_until=0,
+    )  # fmt: skip
+    fields = {
+        "route": route,
+        "stage": 1,
+        "backward": False,
+        "codec": CODECS["float32"],
+        "shape": (1, 4, 8),
+        "tokens": pack_tokens(torch.zeros(1, 5, dtype=torch.int64)),
+        "sequences": 1,
+    }
+    return Push(**fields | changes).pack()
+
+
+def test_bad_tensors_are_rejected_counted_against_their_sender_and_hurt_nobody_else():
+    async def test(sim):
+        sender, target = sorted(p.id for p in sim.peers.values())[:2]
+        server = sim.peers[target].peer.server
+        good = bytes(CODECS["float32"].encode(torch.zeros(1, 4, 8)))
+        nan = bytes(CODECS["float32"].encode(torch.full((1, 4, 8), float("nan"))))
+        out_of_range = pack_tokens(torch.full((1, 5), 99))
+        cases = [
+            (make_push(sim, target, sender), nan, "not finite"),
+            (make_push(sim, target, sender), good[:-4], "takes"),
+            (make_push(sim, target, sender, shape=(1, 4, 9)), good, "shape"),
+            (make_push(sim, target, sender, shape=(1 << 20, 1 << 20, 8)), good, "shape"),
+            (make_push(sim, target, sender, stage=2), good, "route"),
+            (make_push(sim, target, sender, tokens=out_of_range), good, "token ids"),
+            (make_push(sim, target, sender, tokens=b"123"), good, "tokens"),
+            (b"\xff\xff garbage", good, "malformed"),
+        ]
+        calls = sim.peers[sender].peer.server._calls
+        for count, (header, payload, says) in enumerate(cases, 1):
+            reply = pb.HopReply.FromString((await calls.call(target, header, payload)).header)
+            assert reply.status == pb.REJECTED and says in reply.reason, (says, reply)
+            assert server.rejections[sender] == count
+        assert len(server.mailbox) == 0
+        stranger = sim.hub.network("stranger")
+        from averaging.network import Calls
+
+        answer = await Calls(stranger, "hop", deadline_s=5).call(target, make_push(sim, target, sender), good)
+        assert pb.HopReply.FromString(answer.header).status == pb.REJECTED
+        assert server.rejections["stranger"] == 1
+        await train(sim, 10)
+
+    simulate(test, peers=1)
