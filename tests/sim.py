@@ -213,5 +213,6 @@ class Sim:
         )
 
 
+torch.set_num_threads(1)  # the same bits, and so the same schedule, on every machine
 logging.getLogger("swarm").setLevel(logging.ERROR)
 __all__ = ["Priority", "Sim", "SimPeer", "tiny_run"]
