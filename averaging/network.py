@@ -66,7 +66,10 @@ class Network(Protocol):
     def peer_id(self) -> PeerId: ...
 
     async def open(self, peer: PeerId, service: str, *, max_payload_bytes: int = 0) -> Stream:
-        """Dial `service` of `peer`; replies above `max_payload_bytes` break the stream. Raises LinkError."""
+        """Dial `service` of `peer`; replies above `max_payload_bytes` break the stream. Raises LinkError.
+
+        The dialer speaks first: what a listener sends before it has heard anything may be lost.
+        """
         ...
 
     async def serve(self, service: str, handler: Handler, *, max_payload_bytes: int = 0) -> None:

@@ -50,12 +50,12 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
         await here.directory.manifest(here.network.peer_id)
         (folder / "address").write_text(_best_address(here.addresses) + "\n")
         command = f"swarm-peer --join {_best_address(here.addresses)}"
-        console.print(f"others join with:  [bold]{command}[/]", soft_wrap=True)
         monitor = Monitor(config, folder)
         await serve_metrics(here.network, monitor.take)
         local = LocalRun(config, _best_address(here.addresses), folder, seed=config.training.seed)
         watching = _Watch(console, monitor, local, options, command)
         try:
+            console.print(f"others join with:  [bold]{command}[/]", soft_wrap=True)
             await local.start(minutes=options.minutes)
             await asyncio.get_running_loop().run_in_executor(None, monitor.open_wandb)
             await watching.until_the_end()

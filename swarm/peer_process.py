@@ -44,7 +44,6 @@ async def serve(options: PeerOptions) -> int:
             rosters = [await here.directory.roster(number) for number in range(config.model.stages)]
             stage, reason = choose_stage(rosters)
             log.info("stage %d: %s", stage, reason)
-        log.info("run %s (%s), stage %d on %s", config.name, manifest.run, stage, device)
         peer = Peer(
             network=here.network,
             directory=here.directory,
@@ -56,6 +55,7 @@ async def serve(options: PeerOptions) -> int:
             name=options.name,
             addresses=here.addresses,
         )
+        log.info("run %s (%s), stage %d on %s", config.name, manifest.run, stage, device)
         here.network.use_addresses(peer.addresses_of)
         await peer.join()
         sender = MetricsSender(here.network, manifest.organizer, kind="peer", values=peer.metrics)

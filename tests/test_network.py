@@ -100,12 +100,14 @@ async def test_everything_sent_before_the_end_arrives(a, b):
     """Closing must not cut off what is under way (it did, with a plain close)."""
 
     async def pour(stream):
+        await stream.receive()
         for number in range(40):
             await stream.send(str(number).encode(), bytes(100_000))
         await stream.finish()
 
     await b.serve("pour", pour)
     stream = await a.open(b.peer_id, "pour", max_payload_bytes=100_000)
+    await stream.send(b"pour")
     got = []
     while (frame := await stream.receive()) is not None:
         got.append(int(frame.header))
