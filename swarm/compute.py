@@ -23,14 +23,6 @@ class Priority(IntEnum):
     EVALUATE = 3
 
 
-class Job(Protocol):
-    """A submitted computation."""
-
-    def cancel(self) -> bool:
-        """Withdraw it; False if it has started."""
-        ...
-
-
 class Compute(Protocol):
     def submit(self, priority: Priority, work: Callable[[], T]) -> "concurrent.futures.Future[T]":
         """Queue `work`; await its future with `asyncio.wrap_future`."""

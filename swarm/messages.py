@@ -180,14 +180,6 @@ def parse_reply(sender: PeerId, data: bytes) -> pb.HopReply:
         raise RejectedError(sender, "malformed reply") from None
 
 
-def push_error_is_final(status: int) -> bool:
-    """Whether the receiver certainly does not hold what was pushed (no answer leaves that open)."""
-    return status in (pb.BUSY, pb.STALE, pb.REJECTED)
-
-
-STATUS_NAMES = {number: name for name, number in pb.Status.items()}
-
-
 def _require(holds: bool, sender: PeerId, what: str) -> None:
     if not holds:
         raise RejectedError(sender, what)

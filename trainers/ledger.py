@@ -271,10 +271,6 @@ class Ledger:
         """The version that every stage has reached."""
         return min(self.floor(stage) for stage in range(len(self._wirings)))
 
-    def hops_of(self, peer: PeerId) -> list[bytes]:
-        """Microbatches with a hop at `peer` that is not accumulated."""
-        return [f.id for f, _, hop in self._hops(peer) if hop.phase < Phase.ACCUMULATED]
-
     def issue(
         self, microbatch: bytes, tokens: bytes, *, sequences: int, evaluate: bool, step: int, now_s: float
     ) -> list[Command]:
