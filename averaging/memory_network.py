@@ -116,6 +116,8 @@ class MemoryHub:
     # Dictionaries as ordered sets: the order in which streams break must not depend on addresses.
     _streams: dict[PeerId, dict[MemoryStream, None]] = field(default_factory=dict)
     _waiting: dict[PeerId, list[Callable[[], None]]] = field(default_factory=dict)  # for a hung peer
+    # Tasks of killed peers wait here: garbage collection would end them at moments that no seed repeats.
+    _never: asyncio.Event = field(default_factory=asyncio.Event)
 
     def network(self, peer_id: PeerId) -> "MemoryNetwork":
         """Create the view of a new peer."""
@@ -166,8 +168,8 @@ class MemoryHub:
 
     async def carry(self, sender: MemoryStream, receiver: MemoryStream, frame: Frame | None) -> None:
         source, target = sender._local, sender.remote
-        if source in self.dead:  # a killed process does nothing more; its tasks wait to be collected
-            await asyncio.Event().wait()
+        if source in self.dead:  # a killed process does nothing more
+            await self._never.wait()
         sender._mute |= frozenset((source, target)) in self.cut
         if sender._mute:
             return
@@ -217,7 +219,7 @@ class MemoryHub:
         self, source: PeerId, target: PeerId, service: str, max_payload_bytes: int
     ) -> MemoryStream:
         if source in self.dead:
-            await asyncio.Event().wait()
+            await self._never.wait()
         latency_s = self.link(source, target).latency_s
         if latency_s:
             await asyncio.sleep(2 * latency_s)

@@ -26,6 +26,7 @@ from averaging.network import Buffer, Calls, Frame, Network, PeerId, Stream, ans
 from averaging.plan import Decision, Plan, Report, decide, majority_hash, make_plan
 from swarm import swarm_pb2 as pb
 from swarm.config import RunConfig
+from swarm.history import ID_BYTES
 
 STEP_SERVICE, QUERY_SERVICE = "step", "step-query"
 ALIVE_S = 1.0
@@ -47,7 +48,7 @@ class Ballot:
     reached_s: float | None = None  # when the target was reached
     plan: Plan | None = None
     holds: dict[PeerId, bool] = field(default_factory=dict)  # who has the whole mean, who has not
-    lost: set[PeerId] = field(default_factory=set)
+    duplicates: set[PeerId] = field(default_factory=set)  # whose microbatches another one has, too
     microbatches: set[bytes] = field(default_factory=set)  # that the mean is made of
     ended: bool = False
     reason: str = ""
@@ -154,11 +155,11 @@ class Coordinator:
             ballot.reports[peer] = Report(report.weight, report.state_hash, report.frozen)
             self.consider(ballot)
         elif kind == "done" and ballot.plan is not None:
-            ballot.holds[peer] = message.done.ok
-            ballot.microbatches.update(
-                i for i in message.done.microbatches[:MAX_MICROBATCHES] if len(i) == 16
-            )
-            ballot.lost.update(p for p in message.done.lost[:64] if p in ballot.plan and p != peer)
+            microbatches = {i for i in message.done.microbatches[:MAX_MICROBATCHES] if len(i) == ID_BYTES}
+            if not ballot.microbatches.isdisjoint(microbatches):
+                ballot.duplicates.add(peer)
+            ballot.microbatches |= microbatches
+            ballot.holds[peer] = message.done.ok and peer not in ballot.duplicates
             self._finish(ballot)
 
     def _leave(self, ballot: Ballot, peer: PeerId) -> None:
@@ -263,10 +264,13 @@ class Coordinator:
         if not commit:
             self.abandon(ballot.plan.key)
         self._end(ballot)
-        verdict = pb.Verdict(commit=commit, microbatches=sorted(ballot.microbatches) if commit else [])
-        message = pb.FromCoordinator(verdict=verdict)
-        for stream in ballot.streams.values():
-            self._say_soon(stream, message)
+        for peer, stream in ballot.streams.items():
+            verdict = pb.Verdict(
+                commit=commit,
+                microbatches=sorted(ballot.microbatches) if commit else [],
+                duplicate=peer in ballot.duplicates,
+            )
+            self._say_soon(stream, pb.FromCoordinator(verdict=verdict))
 
     def step_closed(self, version: int) -> None:
         """This peer has reached `version`: whoever still reports for an earlier step is behind."""

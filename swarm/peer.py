@@ -187,12 +187,14 @@ class Peer:
         self._tokens_per_s += 0.3 * (rate - self._tokens_per_s)
         self._tokens_seen, self._tokens_at_s = tokens, now_s
 
-    async def _refetch(self) -> None:
+    async def _refetch(self) -> bool:
         """The stage has gone on without this peer: load what it has become."""
         await self._read_roster()
         donors = sorted(self._roster.values(), key=lambda record: -record.version)
-        if not donors or not await self._fetch([r.peer for r in donors]):
-            await asyncio.sleep(REFETCH_PAUSE_S)
+        if donors and await self._fetch([r.peer for r in donors]):
+            return True
+        await asyncio.sleep(REFETCH_PAUSE_S)
+        return False
 
     async def _fetch(self, donors: list[PeerId]) -> bool:
         return await fetch_state(

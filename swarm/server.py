@@ -19,7 +19,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import torch
@@ -86,6 +86,7 @@ class HopServer:
             config.network,
             clock=clock,
             status=lambda: (compute.queued, self.announced_version),
+            history=self.told_history,
             on_end=self._forget_session,
         )
         self._codec = CODECS[config.pipeline.codec]
@@ -267,13 +268,32 @@ class HopServer:
                 self.orphans.add(hop.route.microbatch)
             self._drop(hop.route.microbatch)
 
-    def are_orphans(self, accumulator: Accumulator) -> bool:
-        """Does this sum hold gradients that their trainer, unheard for a lease, has given to others?"""
+    def may_count(self, accumulator: Accumulator) -> bool:
+        """May this sum go into a step?
+
+        Not with gradients that their trainer, unheard for a lease, has given to others, and not with such
+        as are in a step already.
+        """
         hops = (self.mailbox.get(microbatch) for microbatch in accumulator.microbatches)
-        return not self.orphans.isdisjoint(accumulator.microbatches) or any(
-            hop is not None and not self.watchers.may_accumulate(hop.route.trainer, hop.route.session)
-            for hop in hops
+        return (
+            self.orphans.isdisjoint(accumulator.microbatches)
+            and not self._stage.history.touches(accumulator.microbatches)
+            and all(
+                hop is None or self.watchers.may_accumulate(hop.route.trainer, hop.route.session)
+                for hop in hops
+            )
         )
+
+    def told_history(self) -> list[pb.Stepped]:
+        """What a trainer that begins to watch is told: all that this state's last steps contain."""
+        steps = sorted(self._stage.history.steps.items())
+        told = [
+            pb.Stepped(version=step + 1, steps=[pb.StepContents(step=step, microbatches=sorted(inside))])
+            for step, inside in steps
+            if step < self.announced_version
+        ] or [pb.Stepped(version=self.announced_version)]
+        told[0].whole = True
+        return told
 
     def moved_to_step(self, accumulator: Accumulator) -> None:
         """Tell the trainers that what was accumulated for an earlier step counts in this one."""
@@ -283,9 +303,9 @@ class HopServer:
                 hop.step = accumulator.step
                 self._report(hop, pb.BACKWARDED, step=hop.step, loss=hop.loss)
 
-    def lost_gradients(self, accumulator: Accumulator) -> None:
+    def lost_gradients(self, microbatches: Iterable[bytes]) -> None:
         """Tell the trainers that what was accumulated is gone: it is to be computed again."""
-        for microbatch in accumulator.microbatches:
+        for microbatch in microbatches:
             hop = self.mailbox.get(microbatch)
             if hop is not None:
                 self._report(hop, pb.DROPPED, reason="its accumulated gradient was given up")
@@ -441,7 +461,8 @@ class HopServer:
         if not self.watchers.may_accumulate(hop.route.trainer, hop.route.session):
             raise LeaseExpiredError("the trainer has not been heard for too long")
         hop.gradient = None if grad_x is None else Sent(self._codec.encode(grad_x), tuple(grad_x.shape))
-        if self._stage.stage in hop.route.accumulated:  # it only supplies its neighbours
+        done = self._stage.stage in hop.route.accumulated or hop.route.microbatch in self._stage.history
+        if done:  # it only supplies its neighbours
             hop.step = self._stage.accumulator.step
         else:
             hop.step = self._stage.accumulate(hop.route.microbatch, gradients, hop.push.token_count)

@@ -13,6 +13,7 @@ Torch; owned by one compute thread. B batch, T tokens, D width, V vocabulary.
 
 import hashlib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from swarm.config import OptimizerConfig, TrainingConfig
+from swarm.history import History
+
+HISTORY = "history"  # its name in a state
 
 
 @dataclass(slots=True)
@@ -51,6 +55,7 @@ class Stage:
         self.device = torch.device(device)
         self.module = module.to(self.device)
         self.version = 0
+        self.history = History()
         self._training = training
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = _adamw(self._parameters, training.optimizer)
@@ -140,8 +145,8 @@ class Stage:
         flat = torch.cat([s.reshape(-1) for s in frozen.sums])
         return flat.div_(max(1, frozen.tokens)).cpu()
 
-    def apply(self, mean: torch.Tensor) -> None:
-        """One optimizer step with the averaged gradient [values]; the version grows by one."""
+    def apply(self, mean: torch.Tensor, microbatches: Collection[bytes] = ()) -> None:
+        """One optimizer step with the mean gradient [values] of `microbatches`; the version grows by one."""
         mean = mean.to(self.device)
         self._renew_parameters()
         start = 0
@@ -156,6 +161,7 @@ class Stage:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self.history = self.history.with_step(self.version, microbatches)
         self.version += 1
 
     def _renew_parameters(self) -> None:
@@ -180,7 +186,7 @@ class Stage:
     # state
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Parameters and optimizer state by name, as CPU copies that later steps do not touch."""
+        """Parameters, optimizer state and history by name, as CPU copies that later steps do not touch."""
         state = {f"parameter/{n}": p.detach().cpu().clone() for n, p in self._named()}
         for name, parameter in self._named():
             slots = self._optimizer.state.get(parameter, {})
@@ -189,6 +195,8 @@ class Stage:
                 state[f"{slot}/{name}"] = (
                     torch.zeros(parameter.shape) if value is None else value.detach().cpu().clone()
                 )
+        packed = self.history.pack()
+        state[HISTORY] = torch.tensor(bytearray(packed), dtype=torch.uint8)
         return state
 
     def load(self, state: dict[str, torch.Tensor], version: int) -> None:
@@ -197,8 +205,10 @@ class Stage:
         Raises ValueError when names or shapes differ; nothing is changed then.
         """
         own = {f"{kind}/{n}": p for kind in ("parameter", "exp_avg", "exp_avg_sq") for n, p in self._named()}
-        if own.keys() != state.keys():
-            raise ValueError(f"state names differ: {sorted(own.keys() ^ state.keys())[:3]} ...")
+        names = own.keys() | {HISTORY}
+        if names != state.keys():
+            raise ValueError(f"state names differ: {sorted(names ^ state.keys())[:3]} ...")
+        history = History.unpack(state[HISTORY].numpy().tobytes())
         for name, parameter in own.items():
             if state[name].shape != parameter.shape or state[name].dtype != parameter.dtype:
                 raise ValueError(
@@ -215,7 +225,7 @@ class Stage:
                 }
         if version == 0:
             self._optimizer.state.clear()
-        self.version = version
+        self.version, self.history = version, history
         self.accumulator.step = version
 
     def hash(self) -> bytes:

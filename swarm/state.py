@@ -25,7 +25,7 @@ from swarm.stage import Stage
 
 SERVICE = "state"
 CHUNK_BYTES = 1 << 20
-HEADER_ALLOWANCE_BYTES = 1 << 20
+ALLOWANCE_BYTES = 8 << 20  # for names, shapes and the history of microbatches
 DEADLINE_S = 30.0  # for the offer and for each chunk
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ async def _download(network: Network, stage: Stage, donor: PeerId) -> tuple[pb.S
         offer = pb.StateOffer.FromString(frame.header if frame else b"")
         if not offer.available:
             raise LinkError(donor, "has no state to give")
-        most = 3 * 4 * stage.values + HEADER_ALLOWANCE_BYTES
+        most = 3 * 4 * stage.values + ALLOWANCE_BYTES
         if offer.size_bytes > most:
             raise ProtocolError(donor, f"offers {offer.size_bytes} bytes, the stage takes at most {most}")
         data = bytearray()

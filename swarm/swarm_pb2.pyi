@@ -193,15 +193,25 @@ class Heartbeat(_message.Message):
     version: int
     def __init__(self, sent_at_s: _Optional[float] = ..., queue: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
-class Stepped(_message.Message):
-    __slots__ = ("version", "microbatches", "closed")
-    VERSION_FIELD_NUMBER: _ClassVar[int]
+class StepContents(_message.Message):
+    __slots__ = ("step", "microbatches")
+    STEP_FIELD_NUMBER: _ClassVar[int]
     MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
-    CLOSED_FIELD_NUMBER: _ClassVar[int]
-    version: int
+    step: int
     microbatches: _containers.RepeatedScalarFieldContainer[bytes]
-    closed: bool
-    def __init__(self, version: _Optional[int] = ..., microbatches: _Optional[_Iterable[bytes]] = ..., closed: _Optional[bool] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., microbatches: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class Stepped(_message.Message):
+    __slots__ = ("version", "steps", "whole", "fresh")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    FRESH_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    steps: _containers.RepeatedCompositeFieldContainer[StepContents]
+    whole: bool
+    fresh: bool
+    def __init__(self, version: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepContents, _Mapping]]] = ..., whole: _Optional[bool] = ..., fresh: _Optional[bool] = ...) -> None: ...
 
 class WatchFrame(_message.Message):
     __slots__ = ("heartbeat", "event", "stepped")
@@ -264,12 +274,14 @@ class StepPlan(_message.Message):
     def __init__(self, key: _Optional[bytes] = ..., step: _Optional[int] = ..., members: _Optional[_Iterable[_Union[PlanMember, _Mapping]]] = ...) -> None: ...
 
 class Verdict(_message.Message):
-    __slots__ = ("commit", "microbatches")
+    __slots__ = ("commit", "microbatches", "duplicate")
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATE_FIELD_NUMBER: _ClassVar[int]
     commit: bool
     microbatches: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, commit: _Optional[bool] = ..., microbatches: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    duplicate: bool
+    def __init__(self, commit: _Optional[bool] = ..., microbatches: _Optional[_Iterable[bytes]] = ..., duplicate: _Optional[bool] = ...) -> None: ...
 
 class FromCoordinator(_message.Message):
     __slots__ = ("alive", "behind", "drifted", "plan", "verdict", "moved")

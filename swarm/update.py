@@ -16,7 +16,7 @@ I/O: one event loop; torch in `Compute`. Design section 6.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,7 @@ from swarm import swarm_pb2 as pb
 from swarm.compute import Compute, Priority
 from swarm.config import RunConfig
 from swarm.coordinator import ALIVE_S, MOST_TARGETS, STEP_SERVICE, Coordinator
+from swarm.history import REMEMBERED_STEPS
 from swarm.mailbox import Phase
 from swarm.server import HopServer
 from swarm.stage import Accumulator, Stage
@@ -80,11 +81,11 @@ class Updater:
         run: str,
         roster: Callable[[], Collection[PeerId]],
         refresh_roster: Callable[[], Awaitable[None]],
-        refetch: Callable[[], Awaitable[None]],
+        refetch: Callable[[], Awaitable[bool]],
         on_step: Callable[[StepDone], None] = lambda done: None,
     ) -> None:
         """`roster` are the live peers of the stage without this one, as of the last `refresh_roster`;
-        `refetch` loads a donor's state."""
+        `refetch` loads a donor's state, if there is one."""
         self._network, self._stage, self._compute, self._server = network, stage, compute, server
         self._config, self._run, self._roster = config, run, roster
         self._refresh_roster, self._refetch, self._on_step = refresh_roster, refetch, on_step
@@ -100,7 +101,7 @@ class Updater:
         self._reporting_to: PeerId = ""
         self._redo = False  # a plan of this step was abandoned
         self._frozen: Accumulator | None = None
-        self._doubtful: Plan | None = None  # abandoned here; others may have committed it
+        self._contributed: dict[int, tuple[bytes, ...]] = {}  # step -> microbatches this peer put into it
         self.state_hash = b""
         self._news = asyncio.Event()
         self.counters: Counter[str] = Counter()
@@ -164,7 +165,7 @@ class Updater:
 
     async def _step_with(self, coordinator: PeerId) -> None:
         step = self._stage.version
-        await self._give_up_orphans()
+        await self._give_up_unusable()
         stream = await self._network.open(coordinator, STEP_SERVICE)
         self._reporting_to = coordinator
         try:
@@ -261,11 +262,11 @@ class Updater:
             if self._frozen is None:
                 self._frozen = await self._in_compute(self._stage.freeze)
             frozen = self._frozen
-            if self._server.are_orphans(frozen):
-                raise RoundAbandonedError("gradients in it have been given to other peers")
+            if not self._server.may_count(frozen):
+                raise RoundAbandonedError("gradients in it are with other peers or in a step")
             began_s = asyncio.get_running_loop().time()
-            result, lost = await self._average(plan, frozen, stream)
-            done = pb.StepDone(ok=result is not None, lost=sorted(lost), microbatches=frozen.microbatches)
+            result = await self._average(plan, frozen, stream)
+            done = pb.StepDone(ok=result is not None, microbatches=frozen.microbatches)
             microbatches = await self._verdict(plan, stream, done)
             if microbatches is None:
                 self._redo = True
@@ -275,18 +276,19 @@ class Updater:
                     await self._in_compute(lambda: self._stage.thaw(frozen))
                 raise RoundAbandonedError(f"its plan of {len(plan.members)} members was abandoned")
             assert result is not None
-            self._frozen, self._redo, self._doubtful = None, False, None
-            self._server.orphans.difference_update(frozen.microbatches)
+            self._frozen, self._redo = None, False
+            self._contributed[plan.step] = tuple(frozen.microbatches)
+            self._contributed.pop(plan.step - REMEMBERED_STEPS, None)
             averaging_s = asyncio.get_running_loop().time() - began_s
             hash_before = self.state_hash
-            self.state_hash = await self._in_compute(lambda: self._apply(result.mean))
+            self.state_hash = await self._in_compute(lambda: self._apply(result.mean, microbatches))
         finally:
             self._compute.hold(False)
         self.counters["averaging_bytes"] += result.sent_bytes
         self._applied(plan, microbatches, averaging_s, result.sent_bytes, hash_before)
 
-    def _apply(self, mean: torch.Tensor) -> bytes:
-        self._stage.apply(mean)
+    def _apply(self, mean: torch.Tensor, microbatches: Collection[bytes]) -> bytes:
+        self._stage.apply(mean, microbatches)
         return self._stage.hash()
 
     def _applied(
@@ -299,31 +301,29 @@ class Updater:
     ) -> None:
         version, members = self._stage.version, tuple(m.peer for m in plan.members)
         self.coordinator.step_closed(version)
-        self._say_version(pb.Stepped(version=version, microbatches=microbatches, closed=True))
+        contents = pb.StepContents(step=plan.step, microbatches=microbatches)
+        self._say_steps([pb.Stepped(version=version, steps=[contents])])
         self._server.resume_held()
         log.debug("applied step %d with %d members, state %s", plan.step, len(members), self.state_hash.hex())
         tokens = sum(m.weight for m in plan.members)
         done = StepDone(version, members, tokens, averaging_s, sent_bytes, self.state_hash, hash_before)
         self._on_step(done)
 
-    async def _average(
-        self, plan: Plan, frozen: Accumulator, stream: Stream
-    ) -> tuple[moshpit.RoundResult | None, frozenset[PeerId]]:
-        """The mean, or who was lost; tells the coordinator meanwhile that this peer lives."""
+    async def _average(self, plan: Plan, frozen: Accumulator, stream: Stream) -> moshpit.RoundResult | None:
+        """The mean, or None if a member was lost; tells the coordinator meanwhile that this peer lives."""
         alive = asyncio.create_task(self._say_alive(stream))
         try:
             vector = await self._in_compute(lambda: self._stage.mean(frozen))
-            result = await moshpit.average(
+            return await moshpit.average(
                 plan,
                 self._network.peer_id,
                 vector=vector,
                 weight=min(MOST_TARGETS * self._config.training.target_batch_tokens, float(frozen.tokens)),
                 all_reduce=self._all_reduce,
             )
-            return result, frozenset()
         except RoundAbandonedError as error:
             log.info("step %d: %s", plan.step, error)
-            return None, error.lost
+            return None
         finally:
             alive.cancel()
 
@@ -349,6 +349,8 @@ class Updater:
             while True:
                 answer = await self._hear(stream)
                 if answer.WhichOneof("content") == "verdict":
+                    if answer.verdict.duplicate:
+                        self._server.orphans.update(done.microbatches)
                     microbatches = tuple(answer.verdict.microbatches)
                     commit = answer.verdict.commit and done.ok
                     return (
@@ -361,7 +363,7 @@ class Updater:
     async def _committed_elsewhere(self, plan: Plan) -> tuple[bytes, ...] | None:
         """The coordinator is gone: has any member committed? If none has, none will any more.
 
-        Members that do not answer leave a doubt, which `_catch_up` comes back to.
+        Members that do not answer leave a doubt, which the history of the stage will answer.
         """
         self.coordinator.abandon(plan.key)
         silent = [m.peer for m in plan.members if m.peer != self._network.peer_id]
@@ -375,7 +377,6 @@ class Updater:
             if not silent:
                 return None
             await asyncio.sleep(VERDICT_PAUSE_S)
-        self._doubtful = plan
         return None
 
     async def _ask(self, peer: PeerId, plan: Plan) -> pb.StepInfo | PeerId | None:
@@ -386,40 +387,55 @@ class Updater:
             return None if error.refused else peer
 
     async def _catch_up(self) -> None:
-        """Load a donor's state; gradients of earlier versions stay unless they are too old."""
-        await self._give_up_orphans()
-        frozen, self._frozen, self._redo = self._frozen, None, False
-        doubtful, self._doubtful = self._doubtful, None
-        if doubtful is not None and await self._committed_elsewhere(doubtful) is not None:
-            frozen = None  # the step that this peer missed has its gradient in it
+        """Load a donor's state; gradients for earlier versions stay, unless they are in it or too old."""
         before = self._stage.version
-        await self._refetch()
-        if frozen is not None and self._stage.version - before <= self._config.training.max_staleness:
-            await self._in_compute(lambda: self._stage.merge(frozen))
-        elif frozen is not None:
-            self.counters["too_stale"] += len(frozen.microbatches)
-            self._server.lost_gradients(frozen)
+        if not await self._refetch():
+            return
+        frozen, self._frozen, self._redo = self._frozen, None, False
+        stale = self._stage.version - before > self._config.training.max_staleness
+        for old in [frozen, self._stage.accumulator] if frozen else [self._stage.accumulator]:
+            if stale or not self._server.may_count(old):
+                self.counters["too_stale"] += stale * len(old.microbatches)
+                self._give_up(old)
+                if old is frozen:
+                    frozen = None
+                else:
+                    await self._in_compute(self._stage.clear)
+        if frozen is not None:
+            older = frozen
+            await self._in_compute(lambda: self._stage.merge(older))
         self._server.moved_to_step(self._stage.accumulator)
+        self._server.lost_gradients(self._overwritten())
         self.state_hash = await self._in_compute(self._stage.hash)
         self.coordinator.step_closed(self._stage.version)
-        self._say_version(pb.Stepped(version=self._stage.version))
+        self._server.announced_version = self._stage.version
+        self._say_steps(self._server.told_history())
         self._server.resume_held()
 
-    def _say_version(self, stepped: pb.Stepped) -> None:
-        self._server.watchers.say_all(pb.WatchFrame(stepped=stepped).SerializeToString())
-        self._server.announced_version = stepped.version
+    def _overwritten(self) -> list[bytes]:
+        """Microbatches that this peer has put into steps which the state it loaded never took."""
+        history = self._stage.history
+        oldest = min(history.steps, default=0)
+        recent = [m for step, inside in self._contributed.items() if step >= oldest for m in inside]
+        self._contributed.clear()
+        return [microbatch for microbatch in recent if microbatch not in history]
 
-    async def _give_up_orphans(self) -> None:
-        """Throw away sums with gradients that a trainer has given to other peers meanwhile.
+    def _say_steps(self, told: Iterable[pb.Stepped]) -> None:
+        for stepped in told:
+            self._server.watchers.say_all(pb.WatchFrame(stepped=stepped).SerializeToString())
+            self._server.announced_version = stepped.version
+
+    async def _give_up_unusable(self) -> None:
+        """Throw away sums with gradients that other peers have been given, or that are in a step already.
 
         A sum cannot be taken apart, so all of it goes, and the trainers that are still here are told. This
         peer then has nothing for the step that closes; what comes from now on is for the next one.
         """
         strict, stage = self._config.training.strict, self._stage
-        if self._frozen is not None and self._server.are_orphans(self._frozen):
+        if self._frozen is not None and not self._server.may_count(self._frozen):
             self._give_up(self._frozen)
             self._frozen = stage.empty(self._frozen.step)
-        if self._server.are_orphans(stage.accumulator):
+        if not self._server.may_count(stage.accumulator):
             if self._frozen is None and not strict:
                 self._give_up(await self._in_compute(stage.freeze))
                 self._frozen = stage.empty(stage.version)
@@ -429,7 +445,7 @@ class Updater:
 
     def _give_up(self, orphaned: Accumulator) -> None:
         self.counters["orphaned"] += len(orphaned.microbatches)
-        self._server.lost_gradients(orphaned)
+        self._server.lost_gradients(orphaned.microbatches)
         self._server.orphans.difference_update(orphaned.microbatches)
 
     async def _in_compute(self, work: Callable[[], object]):  # type: ignore[no-untyped-def]

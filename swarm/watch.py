@@ -14,7 +14,7 @@ I/O: one event loop; `may_accumulate` is also called by the compute thread.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
@@ -56,11 +56,13 @@ class Watchers:
         *,
         clock: Callable[[], float],
         status: Callable[[], tuple[int, int]],
+        history: Callable[[], Iterable[pb.Stepped]],
         on_end: Callable[[Session], None],
     ) -> None:
-        """`status` returns (queue, version) for heartbeats; `on_end` drops what a session left behind."""
+        """`status` returns (queue, version) for heartbeats, `history` what the stage's steps contain;
+        `on_end` drops what a session left behind."""
         self._network, self._settings, self._clock = network, settings, clock
-        self._status, self._on_end = status, on_end
+        self._status, self._history, self._on_end = status, history, on_end
         self._sessions: dict[tuple[PeerId, bytes], Session] = {}
 
     async def start(self) -> None:
@@ -97,11 +99,15 @@ class Watchers:
             del self._sessions[name]
             self._on_end(session)
             session = None
+        fresh = session is None
         if session is None:
             lease_s = self._clock() + self._settings.lease_s
             session = self._sessions[name] = Session(stream.remote, ping.session, lease_s)
         session.open.append(stream)
         try:
+            for stepped in self._history():
+                stepped.fresh = fresh
+                await stream.send(pb.WatchFrame(stepped=stepped).SerializeToString())
             async with asyncio.TaskGroup() as tasks:
                 speaking = tasks.create_task(self._speak(stream, session))
                 tasks.create_task(self._listen(stream, session, speaking))

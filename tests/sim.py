@@ -20,7 +20,7 @@ from swarm.messages import pack_tokens
 from swarm.peer import Peer
 from swarm.stage import Accumulator
 from swarm.update import StepDone
-from trainers import ledger as lg
+from trainers import events as ev
 from trainers.pipeline import Pipeline
 
 TINY = """
@@ -71,8 +71,8 @@ class Sim:
         self.hashes: dict[tuple[int, int], set[bytes]] = {}  # (stage, version) -> state hashes seen
         self.steps: list[tuple[PeerId, int, StepDone]] = []  # (peer, stage, what)
         self.completed: Counter[bytes] = Counter()
-        self.abandoned: list[lg.Abandoned] = []
-        self.recovered: list[lg.Recovered] = []
+        self.abandoned: list[ev.Abandoned] = []
+        self.recovered: list[ev.Recovered] = []
         self.losses: dict[bytes, float] = {}
         self.errors: list[str] = []
         self.on_log = lambda what: None
@@ -181,7 +181,7 @@ class Sim:
         self.pipeline_task.add_done_callback(self._peer_ended)
         return self.pipeline
 
-    def _completed(self, done: lg.Completed) -> None:
+    def _completed(self, done: ev.Completed) -> None:
         self.completed[done.microbatch] += 1
         self.losses[done.microbatch] = done.loss / done.tokens
 

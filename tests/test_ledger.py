@@ -5,13 +5,12 @@ import random
 from swarm import swarm_pb2 as pb
 from swarm.messages import pack_tokens
 from swarm.wiring import StageWiring
-from trainers.ledger import (
+from trainers.events import (
     Answered,
     Cancel,
     CancelAnswered,
     Completed,
     HopEvent,
-    Ledger,
     PeerGone,
     PeerReady,
     PushTokens,
@@ -20,6 +19,7 @@ from trainers.ledger import (
     SteppedEvent,
     Tick,
 )
+from trainers.ledger import Ledger
 
 M = b"m" * 16
 
@@ -73,7 +73,7 @@ def test_until_the_step_nothing_is_released_before_it_is_applied():
     released = []
     for stage in range(3):
         for peer in (f"{stage}a", f"{stage}b"):
-            released += ledger.handle(SteppedEvent(peer, 1, frozenset((M,))), 2.0)
+            released += ledger.handle(SteppedEvent(int(peer[0]), peer, 1, frozenset((M,))), 2.0)
     assert {c.peer for c in released if isinstance(c, Release)} == set(route.peers)
     assert ledger.unsettled == 0
 
@@ -175,7 +175,7 @@ def test_a_gradient_that_died_with_its_peer_is_lost_or_computed_again():
         carry(ledger, route)
         ledger.handle(PeerGone(route.peers[1]), 2.0)
         survivor = next(p for p in ("1a", "1b") if p != route.peers[1])
-        ledger.handle(SteppedEvent(survivor, 1, frozenset()), 3.0)
+        ledger.handle(SteppedEvent(1, survivor, 1, frozenset()), 3.0)
         assert ledger.counters[expected] == 1, expected
 
 
@@ -185,7 +185,7 @@ def test_a_gradient_that_is_in_the_step_survives_its_peer():
     carry(ledger, route)
     ledger.handle(PeerGone(route.peers[1]), 2.0)
     survivor = next(p for p in ("1a", "1b") if p != route.peers[1])
-    commands = ledger.handle(SteppedEvent(survivor, 1, frozenset((M,))), 3.0)
+    commands = ledger.handle(SteppedEvent(1, survivor, 1, frozenset((M,))), 3.0)
     assert not [c for c in commands if isinstance(c, Resend)]
     assert ledger.counters["rerouted_hops"] == ledger.counters["lost"] == 0
 

@@ -22,203 +22,35 @@ Pure: no network, no clock, no randomness but the wirings'. Design sections 4 to
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
-from enum import IntEnum
 
 from averaging.network import PeerId
 from swarm import swarm_pb2 as pb
 from swarm.messages import Route
 from swarm.wiring import StageWiring
+from trainers.events import (
+    Abandoned,
+    Answered,
+    Cancel,
+    CancelAnswered,
+    Command,
+    Completed,
+    HopEvent,
+    LedgerEvent,
+    PeerGone,
+    PeerReady,
+    PushTokens,
+    Recovered,
+    Release,
+    Resend,
+    SteppedEvent,
+    Tick,
+    WatchBroke,
+)
+from trainers.evidence import Evidence
+from trainers.flight import Flight, Hop, Phase
 
 MAX_REJECTIONS = 6  # of one microbatch: then its data is at fault, not a peer
 RETRY_S = 0.1
-REMEMBERED_STEPS = 16
-
-
-# ---- events
-
-
-@dataclass(frozen=True, slots=True)
-class PeerReady:
-    """A peer answers our watch stream and may be given hops."""
-
-    stage: int
-    peer: PeerId
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class PeerGone:
-    """Dead, or silent for longer than its lease: it will accumulate nothing more of ours."""
-
-    peer: PeerId
-    left: bool = False  # said goodbye: not a failure
-    silent: bool = False  # not known to be dead: steps of its stage may still contain its gradients
-
-
-@dataclass(frozen=True, slots=True)
-class WatchBroke:
-    """The peer lives, but events may have been lost: ask it what became of its hops."""
-
-    peer: PeerId
-
-
-@dataclass(frozen=True, slots=True)
-class HopEvent:
-    """What a peer says about one of its hops."""
-
-    peer: PeerId
-    kind: int
-    microbatch: bytes
-    attempt: int = 0
-    step: int = 0
-    loss: float = 0.0
-    seconds: float = 0.0
-    backward: bool = False
-    target: PeerId = ""
-    status: int = 0
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A peer's answer to a resend, or the first peer's to a push of token ids."""
-
-    peer: PeerId
-    microbatch: bytes
-    attempt: int
-    status: int
-    push: bool
-
-
-@dataclass(frozen=True, slots=True)
-class CancelAnswered:
-    """The peer has withdrawn these microbatches, but had already accumulated some."""
-
-    peer: PeerId
-    microbatches: tuple[bytes, ...]
-    accumulated: tuple[tuple[bytes, int, float], ...]  # (microbatch, step, loss)
-
-
-@dataclass(frozen=True, slots=True)
-class SteppedEvent:
-    peer: PeerId
-    version: int
-    microbatches: frozenset[bytes] | None  # in the step that led to it; None: not known
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-
-LedgerEvent = PeerReady | PeerGone | WatchBroke | HopEvent | Answered | CancelAnswered | SteppedEvent | Tick
-
-
-# ---- commands
-
-
-@dataclass(frozen=True, slots=True)
-class PushTokens:
-    route: Route
-    tokens: bytes
-    sequences: int
-
-
-@dataclass(frozen=True, slots=True)
-class Resend:
-    peer: PeerId
-    route: Route
-    backward: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    peer: PeerId
-    microbatches: tuple[tuple[bytes, int], ...]  # (id, attempt)
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    peer: PeerId
-    microbatches: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """Every stage has accumulated it (or, evaluating, the last stage has its loss)."""
-
-    microbatch: bytes
-    tokens: int
-    loss: float
-    evaluate: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Abandoned:
-    """Given up: its data does harm wherever it goes."""
-
-    microbatch: bytes
-    evaluate: bool
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """All hops that `peer` left behind have arrived elsewhere."""
-
-    peer: PeerId
-    noticed_s: float
-    recovered_s: float
-    hops: int
-
-
-Command = PushTokens | Resend | Cancel | Release | Completed | Abandoned | Recovered
-
-
-# ---- state
-
-
-class Phase(IntEnum):
-    ASSIGNED = 0
-    FORWARDED = 1
-    ACCUMULATED = 2
-    SETTLED = 3
-
-
-@dataclass(slots=True)
-class Hop:
-    peer: PeerId | None = None
-    phase: Phase = Phase.ASSIGNED
-    has_input: bool = False
-    due_s: float | None = None  # since when it is this hop's turn
-    cancelling: bool = False
-    step: int = 0
-    accumulated_by: PeerId | None = None  # `peer` may later be another one that only supplies neighbours
-    awaits_verdict: bool = False  # whoever may have accumulated it is gone; is it in a step?
-    verdict_s: float = 0.0  # when to stop waiting for one
-
-
-@dataclass(slots=True)
-class Flight:
-    id: bytes
-    tokens: bytes
-    sequences: int
-    token_count: int
-    evaluate: bool
-    step: int
-    hops: list[Hop]
-    attempt: int = 0
-    loss: float = 0.0
-    unplaced: set[int] = field(default_factory=set)
-    routed: bool = False  # it has had a peer at every stage
-    completed: bool = False  # every hop is accumulated
-    counted: bool = False  # completed at least once
-    rejections: int = 0
-    avoid: set[PeerId] = field(default_factory=set)
-    not_before_s: float = 0.0  # no new route sooner
-    retries: list[tuple[float, Resend | PushTokens, int]] = field(default_factory=list)
-    touched: set[PeerId] = field(default_factory=set)  # peers that may hold something of it
 
 
 class Ledger:
@@ -241,8 +73,7 @@ class Ledger:
         self._hop_deadline_s, self._retain, self._strict = hop_deadline_s, retain_until_step, strict
         self._flights: dict[bytes, Flight] = {}
         self._stage_of: dict[PeerId, int] = {}
-        self._versions: list[dict[PeerId, int]] = [{} for _ in wirings]
-        self._contents: list[dict[int, frozenset[bytes]]] = [{} for _ in wirings]  # of applied steps
+        self._evidence = [Evidence() for _ in wirings]
         self._recovering: dict[PeerId, tuple[float, set[tuple[bytes, int]], int]] = {}
         self.counters: Counter[str] = Counter()
 
@@ -264,7 +95,7 @@ class Ledger:
 
     def floor(self, stage: int) -> int:
         """The version that every live peer of `stage` has reached (0 without peers)."""
-        return min(self._versions[stage].values(), default=0)
+        return self._evidence[stage].floor
 
     @property
     def version(self) -> int:
@@ -314,7 +145,7 @@ class Ledger:
 
     def _ready(self, event: PeerReady, now_s: float) -> list[Command]:
         self._stage_of[event.peer] = event.stage
-        self._versions[event.stage][event.peer] = event.version
+        self._evidence[event.stage].ready(event.peer, event.version)
         self._wirings[event.stage].add(event.peer)
         return [
             c
@@ -327,9 +158,7 @@ class Ledger:
         stage = self._stage_of.pop(event.peer, None)
         if stage is None:
             return []
-        self._versions[stage].pop(event.peer, None)
-        newest = self._newest(stage)  # what only dead peers had applied died with them
-        self._contents[stage] = {s: m for s, m in self._contents[stage].items() if s < newest}
+        self._evidence[stage].gone(event.peer)
         if event.left:
             self._wirings[stage].remove(event.peer)
         else:
@@ -337,17 +166,15 @@ class Ledger:
         commands: list[Command] = []
         moved: set[tuple[bytes, int]] = set()
         for flight, s, hop in list(self._hops(event.peer)):
-            if hop.phase is Phase.SETTLED or (hop.phase is Phase.ACCUMULATED and not self._strict):
+            done = hop.phase is Phase.SETTLED or self._evidence[s].is_held(flight.id)
+            if done or (hop.phase is Phase.ACCUMULATED and not self._strict):
                 if s > 0 and flight.hops[s - 1].phase < Phase.ACCUMULATED:
                     commands += self._place(flight, now_s, suppliers={s})  # was its gradient delivered?
-                if hop.phase is Phase.ACCUMULATED and hop.accumulated_by == event.peer:
-                    hop.awaits_verdict, hop.verdict_s = True, float("inf")
-                    commands += self._judge(flight, s, now_s)
                 continue
             if event.silent and not self._strict and not flight.evaluate:
                 # It may have accumulated this just before its lease ended, and be in a step that closes now.
                 hop.awaits_verdict, hop.verdict_s = True, now_s + self._verdict_s
-                hop.step, hop.cancelling, hop.due_s = self._newest(stage), False, None
+                hop.step, hop.cancelling, hop.due_s = self._evidence[stage].newest, False, None
                 continue
             flight.completed = False  # strict: what was accumulated there is computed again, too
             moved.add((flight.id, s))
@@ -425,7 +252,7 @@ class Ledger:
         if flight.evaluate or not self._retain:
             commands += self._release(flight)
         if flight.evaluate:
-            del self._flights[flight.id]
+            self._forget(flight)
         if not flight.counted:  # once, however often a hop is computed again
             flight.counted = True
             self.counters["completed"] += not flight.evaluate
@@ -442,7 +269,8 @@ class Ledger:
         hop = flight.hops[stage]
         if hop.phase < Phase.ACCUMULATED:
             return self._again(flight, stage, event.peer, event.reason, now_s)
-        if hop.phase is Phase.SETTLED or hop.accumulated_by != event.peer:
+        held = self._evidence[stage].is_held(flight.id)
+        if hop.phase is Phase.SETTLED or hop.accumulated_by != event.peer or held:
             return []
         if self._retain or not flight.completed:  # it gave up the gradient it had accumulated
             flight.completed = False
@@ -463,7 +291,7 @@ class Ledger:
         flight.rejections += 1
         flight.avoid.add(culprit)
         if flight.rejections > MAX_REJECTIONS:
-            del self._flights[flight.id]
+            self._forget(flight)
             self.counters["lost"] += not flight.evaluate
             commands = [Cancel(p, ((flight.id, flight.attempt),)) for p in sorted(flight.touched)]
             return [*commands, Abandoned(flight.id, flight.evaluate, reason)]
@@ -484,7 +312,10 @@ class Ledger:
             return [Resend(event.peer, self._route(flight), event.backward)]
         if event.status == pb.BUSY:
             return self._busy(
-                flight, next_stage, Resend(event.peer, self._route(flight), event.backward), now_s
+                flight,
+                next_stage,
+                Resend(event.peer, self._route(flight), event.backward),
+                now_s,
             )
         if event.status == pb.REJECTED:
             if event.backward:  # the sender has accumulated: nothing can be taken back
@@ -615,95 +446,79 @@ class Ledger:
 
     def _supply(self, flight: Flight, placed: Sequence[int], first: bool) -> list[Command]:
         """Have the living neighbours of every run of new hops send what they retained."""
-        route, commands, last = self._route(flight), list[Command](), len(flight.hops) - 1
+        route, commands, last = (
+            self._route(flight),
+            list[Command](),
+            len(flight.hops) - 1,
+        )
         for stage in placed:
             if stage == 0:
                 commands.append(self._push_tokens(flight))
             elif stage - 1 not in placed:
-                commands.append(Resend(self._peer(flight, stage - 1), route, backward=False))
+                commands.append(Resend(flight.peer(stage - 1), route, backward=False))
             if not first and not flight.evaluate and stage < last and stage + 1 not in placed:
-                commands.append(Resend(self._peer(flight, stage + 1), route, backward=True))
+                commands.append(Resend(flight.peer(stage + 1), route, backward=True))
         return commands
 
-    def _peer(self, flight: Flight, stage: int) -> PeerId:
-        peer = flight.hops[stage].peer
-        assert peer is not None, "a placed flight has a peer at every stage"
-        return peer
+    def _route(self, flight: Flight) -> Route:
+        return flight.route(self._trainer, self._session)
 
     def _push_tokens(self, flight: Flight) -> PushTokens:
         return PushTokens(self._route(flight), flight.tokens, flight.sequences)
 
-    def _route(self, flight: Flight) -> Route:
-        hops = flight.hops
-        return Route(
-            microbatch=flight.id,
-            session=self._session,
-            trainer=self._trainer,
-            attempt=flight.attempt,
-            peers=tuple(self._peer(flight, stage) for stage in range(len(hops))),
-            forward_until=max((s for s, h in enumerate(hops) if not h.has_input), default=0),
-            backward_until=min(
-                (s for s, h in enumerate(hops) if h.phase < Phase.ACCUMULATED), default=len(hops)
-            ),
-            accumulated=tuple(s for s, h in enumerate(hops) if h.phase >= Phase.ACCUMULATED),
-            evaluate=flight.evaluate,
-            step=flight.step,
-        )
-
     # steps
 
     def _stepped(self, event: SteppedEvent, now_s: float) -> list[Command]:
-        stage = self._stage_of.get(event.peer)
-        if stage is None:
-            return []
-        versions, contents = self._versions[stage], self._contents[stage]
-        if event.version <= versions.get(event.peer, 0) and event.microbatches is None:
-            return []  # a heartbeat without news
-        versions[event.peer] = max(versions.get(event.peer, 0), event.version)
+        stage, evidence = event.stage, self._evidence[event.stage]
+        if event.whole:
+            evidence.replaced(event.peer, event.version)
+        news = evidence.reached(event.peer, event.version)
         commands: list[Command] = []
-        if event.microbatches is not None and event.version - 1 not in contents:
-            contents[event.version - 1] = event.microbatches
-            while len(contents) > REMEMBERED_STEPS:
-                del contents[min(contents)]
-            commands += self._inside(stage, event.version - 1, event.microbatches, now_s)
-        for flight in list(self._flights.values()):
-            if flight.hops[stage].awaits_verdict:
-                commands += self._judge(flight, stage, now_s)
+        if event.microbatches:
+            ours = sorted(m for m in event.microbatches if m in self._flights)
+            evidence.holds(event.peer, ours)
+            for microbatch in ours:
+                commands += self._inside(self._flights[microbatch], stage, event.version - 1, now_s)
+        elif not (news or event.whole):
+            return []  # a heartbeat without news
         return commands + self._settle(stage, now_s)
 
-    def _inside(self, stage: int, step: int, microbatches: frozenset[bytes], now_s: float) -> list[Command]:
-        """A step was applied with these microbatches in it, whoever was thought to work on them."""
-        commands: list[Command] = []
-        for flight in [self._flights[m] for m in sorted(microbatches) if m in self._flights]:
-            hop = flight.hops[stage]
-            if hop.phase < Phase.ACCUMULATED and hop.peer is not None and not hop.awaits_verdict:
-                commands.append(Cancel(hop.peer, ((flight.id, flight.attempt),)))
-            flight.unplaced.discard(stage)
-            hop.awaits_verdict = False
-            commands += self._accumulated(flight, stage, step, flight.loss, now_s)
-            hop.step = step
-            below = flight.hops[stage - 1] if stage > 0 else None
-            if hop.peer not in self._stage_of and below is not None and below.phase < Phase.ACCUMULATED:
+    def _inside(self, flight: Flight, stage: int, step: int, now_s: float) -> list[Command]:
+        """A step was applied with this microbatch in it, whoever was thought to work on it."""
+        hop = flight.hops[stage]
+        hop.awaits_verdict = False
+        flight.unplaced.discard(stage)
+        if hop.phase >= Phase.ACCUMULATED:
+            return []
+        commands = self._accumulated(flight, stage, step, flight.loss, now_s)
+        hop.accumulated_by = None  # not whom we had asked
+        if stage > 0 and flight.hops[stage - 1].phase < Phase.ACCUMULATED:
+            if hop.peer not in self._stage_of:
                 commands += self._place(flight, now_s, suppliers={stage})
+        elif hop.peer in self._stage_of:
+            commands.append(Cancel(flight.peer(stage), ((flight.id, flight.attempt),)))
         return commands
 
     def _settle(self, stage: int, now_s: float) -> list[Command]:
-        return [
-            command
-            for flight in list(self._flights.values())
-            for command in self._settle_hop(flight, stage, now_s)
-        ]
+        commands: list[Command] = []
+        for flight in list(self._flights.values()):
+            commands += self._settle_hop(flight, stage, now_s)
+            if flight.hops[stage].awaits_verdict:
+                commands += self._judge(flight, stage, now_s)
+        return commands
 
     def _settle_hop(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
-        """Settle an accumulated hop once every live peer of its stage has applied its step."""
-        hop = flight.hops[stage]
-        known = self._contents[stage].get(hop.step)
-        inside = known is None or flight.id in known  # else its peer fell behind and will count it later
-        if hop.phase is not Phase.ACCUMULATED or hop.awaits_verdict or not inside:
+        """Settle an accumulated hop once the state of every live peer of its stage holds it."""
+        hop, evidence = flight.hops[stage], self._evidence[stage]
+        if hop.phase is not Phase.ACCUMULATED:
             return []
-        if self._versions[stage] and hop.step < self.floor(stage):
-            hop.phase = Phase.SETTLED
+        if evidence.is_safe(flight.id):
+            hop.phase, hop.awaits_verdict = Phase.SETTLED, False
             return self._finish_if_settled(flight)
+        doubtful = hop.accumulated_by not in self._stage_of and not evidence.is_held(flight.id)
+        if doubtful and not hop.awaits_verdict:
+            # Strict: a step cannot close without it, so there is nothing to wait for.
+            hop.awaits_verdict, hop.verdict_s = True, now_s if self._strict else float("inf")
         return []
 
     def _judge(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
@@ -711,14 +526,10 @@ class Ledger:
 
         It is not once the step it was meant for, or a later one, has closed without it.
         """
-        hop = flight.hops[stage]
-        closed = any(step >= hop.step for step in self._contents[stage])
-        if any(flight.id in contents for contents in self._contents[stage].values()):
-            hop.awaits_verdict = False
-            return self._accumulated(flight, stage, hop.step, flight.loss, now_s) + self._settle_hop(
-                flight, stage, now_s
-            )
-        if not closed and self._versions[stage] and now_s < hop.verdict_s:
+        hop, evidence = flight.hops[stage], self._evidence[stage]
+        if evidence.is_held(flight.id):
+            return self._inside(flight, stage, hop.step, now_s) + self._settle_hop(flight, stage, now_s)
+        if evidence and evidence.newest <= hop.step and now_s < hop.verdict_s:
             return []
         hop.awaits_verdict = False
         if hop.phase < Phase.ACCUMULATED or self._retain or not flight.completed:
@@ -728,16 +539,17 @@ class Ledger:
         hop.phase = Phase.SETTLED
         return self._finish_if_settled(flight)
 
-    def _newest(self, stage: int) -> int:
-        """The step that the stage is about to close."""
-        return max(self._versions[stage].values(), default=0)
-
     def _finish_if_settled(self, flight: Flight) -> list[Command]:
         if any(hop.phase is not Phase.SETTLED for hop in flight.hops) or flight.id not in self._flights:
             return []
         commands = self._complete(flight) if not flight.completed else []
-        del self._flights[flight.id]
+        self._forget(flight)
         return commands + (self._release(flight) if self._retain else [])
+
+    def _forget(self, flight: Flight) -> None:
+        del self._flights[flight.id]
+        for evidence in self._evidence:
+            evidence.forget(flight.id)
 
     # time
 

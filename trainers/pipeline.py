@@ -33,7 +33,8 @@ from swarm.errors import RejectedError
 from swarm.messages import Push, parse_reply
 from swarm.server import SERVICE
 from swarm.wiring import StageWiring
-from trainers import ledger as lg
+from trainers import events as ev
+from trainers.ledger import Ledger, batched_releases
 from trainers.throttle import Throttle
 
 TICK_S = 0.05
@@ -59,9 +60,9 @@ class Pipeline:
         config: RunConfig,
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
-        on_completed: Callable[[lg.Completed], None] = lambda done: None,
-        on_abandoned: Callable[[lg.Abandoned], None] = lambda gone: None,
-        on_recovered: Callable[[lg.Recovered], None] = lambda done: None,
+        on_completed: Callable[[ev.Completed], None] = lambda done: None,
+        on_abandoned: Callable[[ev.Abandoned], None] = lambda gone: None,
+        on_recovered: Callable[[ev.Recovered], None] = lambda done: None,
     ) -> None:
         self._network, self._directory, self._config, self._clock = network, directory, config, clock
         self._on_completed, self._on_abandoned, self._on_recovered = on_completed, on_abandoned, on_recovered
@@ -70,7 +71,7 @@ class Pipeline:
             StageWiring(stage=stage, rng=rng, prior_cost_s=prior_s) for stage in range(config.model.stages)
         ]
         self.session = secrets.token_bytes(8)
-        self.ledger = lg.Ledger(
+        self.ledger = Ledger(
             trainer=network.peer_id,
             session=self.session,
             wirings=self._wirings,
@@ -119,7 +120,7 @@ class Pipeline:
         """Where a peer may be dialled, by its own record."""
         return self._addresses.get(peer, ())
 
-    def feed(self, event: lg.LedgerEvent) -> None:
+    def feed(self, event: ev.LedgerEvent) -> None:
         """Give the ledger an event and do what it says."""
         self._execute(self.ledger.handle(event, self._clock()))
         self.changed.set()
@@ -163,7 +164,7 @@ class Pipeline:
                 now_s = self._clock()
                 if error.refused or now_s > heard_s + lease_s:
                     log.info("peer %s is gone: %s", peer[-8:], error)
-                    return self._gone(lg.PeerGone(peer, silent=not error.refused))
+                    return self._gone(ev.PeerGone(peer, silent=not error.refused))
                 await asyncio.sleep(RETRY_S / 2)
                 continue
             again, heard_s = heard_s is not None, self._clock()
@@ -177,13 +178,13 @@ class Pipeline:
                 stream.abort()
                 heard_s = self._heard_s.get(peer, heard_s)
                 if self._clock() > heard_s + lease_s:
-                    return self._gone(lg.PeerGone(peer, silent=True))
+                    return self._gone(ev.PeerGone(peer, silent=True))
                 continue
             if left:
                 log.info("peer %s leaves", peer[-8:])
-                return self._gone(lg.PeerGone(peer, left=True))
+                return self._gone(ev.PeerGone(peer, left=True))
 
-    def _gone(self, event: lg.PeerGone) -> None:
+    def _gone(self, event: ev.PeerGone) -> None:
         self._heard_s.pop(event.peer, None)
         self._calls.forget(event.peer)
         self.feed(event)
@@ -218,41 +219,43 @@ class Pipeline:
                     await stream.send(echo.SerializeToString())
                     if first:
                         first = False
-                        self.feed(lg.PeerReady(stage, peer, message.heartbeat.version))
+                        self.feed(ev.PeerReady(stage, peer, message.heartbeat.version))
                         if again:
-                            self.feed(lg.WatchBroke(peer))
-                    self.feed(lg.SteppedEvent(peer, message.heartbeat.version, None))
+                            self.feed(ev.WatchBroke(peer))
+                    self.feed(ev.SteppedEvent(stage, peer, message.heartbeat.version))
                 case "event":
                     self.feed(_hop_event(peer, message.event))
                 case "stepped":
-                    stepped = message.stepped
-                    contents = frozenset(stepped.microbatches) if stepped.closed else None
-                    self.feed(lg.SteppedEvent(peer, stepped.version, contents))
+                    if again and first and message.stepped.fresh:  # it has let go of all that was ours
+                        again = False
+                        self.feed(ev.PeerGone(peer, silent=True))
+                    for told in _stepped_events(stage, peer, message.stepped):
+                        self.feed(told)
 
     # commands
 
-    def _execute(self, commands: Iterable[lg.Command]) -> None:
-        for command in lg.batched_releases(commands):
+    def _execute(self, commands: Iterable[ev.Command]) -> None:
+        for command in batched_releases(commands):
             match command:
-                case lg.PushTokens():
+                case ev.PushTokens():
                     self._spawn(self._push_tokens(command))
-                case lg.Resend():
+                case ev.Resend():
                     self._spawn(self._resend(command))
-                case lg.Cancel():
+                case ev.Cancel():
                     self._spawn(self._cancel(command))
-                case lg.Release():
+                case ev.Release():
                     self._spawn(self._release(command))
-                case lg.Completed():
+                case ev.Completed():
                     if not command.evaluate:
                         self.throttle.completed()
                     self._on_completed(command)
-                case lg.Abandoned():
+                case ev.Abandoned():
                     log.warning("gave up a microbatch: %s", command.reason)
                     self._on_abandoned(command)
-                case lg.Recovered():
+                case ev.Recovered():
                     self._on_recovered(command)
 
-    async def _push_tokens(self, command: lg.PushTokens) -> None:
+    async def _push_tokens(self, command: ev.PushTokens) -> None:
         route = command.route
         push = Push(
             route=route,
@@ -264,14 +267,14 @@ class Pipeline:
             sequences=command.sequences,
         )
         status = await self._status(route.peers[0], push.pack())
-        self.feed(lg.Answered(route.peers[0], route.microbatch, route.attempt, status, push=True))
+        self.feed(ev.Answered(route.peers[0], route.microbatch, route.attempt, status, push=True))
 
-    async def _resend(self, command: lg.Resend) -> None:
+    async def _resend(self, command: ev.Resend) -> None:
         direction = pb.BACKWARD if command.backward else pb.FORWARD
         resend = pb.Resend(route=command.route.pack(), direction=direction)
         status = await self._status(command.peer, pb.HopRequest(resend=resend).SerializeToString())
         route = command.route
-        self.feed(lg.Answered(command.peer, route.microbatch, route.attempt, status, push=False))
+        self.feed(ev.Answered(command.peer, route.microbatch, route.attempt, status, push=False))
 
     async def _status(self, peer: PeerId, request: bytes) -> int:
         try:
@@ -280,7 +283,7 @@ class Pipeline:
             log.debug("%s", error)
             return pb.LINK
 
-    async def _cancel(self, command: lg.Cancel) -> None:
+    async def _cancel(self, command: ev.Cancel) -> None:
         """Ask until the peer answers or is gone: without an answer nobody else may do its work."""
         ids = tuple(microbatch for microbatch, _ in command.microbatches)
         attempts = [attempt for _, attempt in command.microbatches]
@@ -295,9 +298,9 @@ class Pipeline:
                 await asyncio.sleep(RETRY_S)
                 continue
             stands = tuple((a.microbatch, a.step, a.loss) for a in reply.accumulated)
-            return self.feed(lg.CancelAnswered(command.peer, ids, stands))
+            return self.feed(ev.CancelAnswered(command.peer, ids, stands))
 
-    async def _release(self, command: lg.Release) -> None:
+    async def _release(self, command: ev.Release) -> None:
         message = pb.Microbatches(session=self.session, ids=command.microbatches)
         request = pb.HopRequest(release=message).SerializeToString()
         for _ in range(3):
@@ -329,7 +332,7 @@ class Pipeline:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self._execute(self.ledger.handle(lg.Tick(), self._clock()))
+            self._execute(self.ledger.handle(ev.Tick(), self._clock()))
 
 
 async def _say_goodbye(stream: Stream) -> None:
@@ -340,8 +343,24 @@ async def _say_goodbye(stream: Stream) -> None:
         stream.abort()
 
 
-def _hop_event(peer: PeerId, event: pb.Event) -> lg.HopEvent:
-    return lg.HopEvent(
+def _stepped_events(stage: int, peer: PeerId, stepped: pb.Stepped) -> list[ev.SteppedEvent]:
+    whole = stepped.whole
+    if not stepped.steps:
+        return [ev.SteppedEvent(stage, peer, stepped.version, whole=whole)]
+    return [
+        ev.SteppedEvent(
+            stage,
+            peer,
+            contents.step + 1,
+            frozenset(contents.microbatches),
+            whole=whole and number == 0,
+        )
+        for number, contents in enumerate(stepped.steps)
+    ]
+
+
+def _hop_event(peer: PeerId, event: pb.Event) -> ev.HopEvent:
+    return ev.HopEvent(
         peer=peer,
         kind=event.kind,
         microbatch=event.microbatch,

@@ -23,7 +23,7 @@ from averaging.network import Network
 from swarm.config import RunConfig
 from swarm.directory import Directory
 from swarm.messages import pack_tokens
-from trainers import ledger as lg
+from trainers import events as ev
 from trainers.pipeline import Pipeline
 
 EVALUATION_S = 120.0  # an evaluation that takes longer is given up; the next one tries again
@@ -58,7 +58,7 @@ class Trainer:
         self.tokens = 0
         self.finished = False
         self._losses: deque[tuple[int, float]] = deque(maxlen=256)  # (tokens, summed loss)
-        self._evaluating: dict[bytes, lg.Completed | None] = {}
+        self._evaluating: dict[bytes, ev.Completed | None] = {}
         self.evaluations: list[dict[str, float]] = []  # {"step", "tokens", "loss", "time_s"}
         self.recoveries: list[dict[str, Any]] = []
         self._began_s = time.monotonic()
@@ -140,7 +140,7 @@ class Trainer:
         waiting = deque(self._held_out)
         issued: list[bytes] = []
         at_once = 2 * self.config.model.stages
-        results: list[lg.Completed] = []
+        results: list[ev.Completed] = []
         while len(results) < len(self._held_out) and time.monotonic() - began_s < EVALUATION_S:
             while waiting and len(issued) < at_once:
                 issued.append(self._issue(waiting.popleft(), step=version, evaluate=True))
@@ -163,7 +163,7 @@ class Trainer:
         self.evaluations.append(entry)
         log.info("step %d, %d tokens: held-out loss %.4f", version, self.tokens, loss)
 
-    def _completed(self, done: lg.Completed) -> None:
+    def _completed(self, done: ev.Completed) -> None:
         if done.evaluate:
             if done.microbatch in self._evaluating:
                 self._evaluating[done.microbatch] = done
@@ -171,10 +171,10 @@ class Trainer:
             self.tokens += done.tokens
             self._losses.append((done.tokens, done.loss))
 
-    def _abandoned(self, gone: lg.Abandoned) -> None:
+    def _abandoned(self, gone: ev.Abandoned) -> None:
         self._evaluating.pop(gone.microbatch, None)
 
-    def _recovered(self, done: lg.Recovered) -> None:
+    def _recovered(self, done: ev.Recovered) -> None:
         since_s = time.time() - time.monotonic()
         self.recoveries.append(
             {

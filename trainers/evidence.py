@@ -1,0 +1,77 @@
+"""What the live peers of one stage say their steps contain: the evidence by which a hop is done.
+
+A gradient that a peer has accumulated may still be lost with it. Once it is in the state of every live
+peer of the stage it cannot be: whoever joins loads that state.
+
+Pure.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection
+
+from averaging.network import PeerId
+
+
+class Evidence:
+    """Versions of one stage's live peers, and which of our microbatches their states hold."""
+
+    def __init__(self) -> None:
+        self._versions: dict[PeerId, int] = {}
+        self._holders: defaultdict[bytes, set[PeerId]] = defaultdict(set)
+
+    def ready(self, peer: PeerId, version: int) -> None:
+        """`peer` counts from now on; what its state holds has been said before."""
+        self._versions[peer] = max(version, self._versions.get(peer, 0))
+
+    def gone(self, peer: PeerId) -> None:
+        """What only `peer` had in its state is gone with it."""
+        self._versions.pop(peer, None)
+        self._forget_claims(peer)
+
+    def reached(self, peer: PeerId, version: int) -> bool:
+        """A peer is at `version`. Returns whether that is news."""
+        known = self._versions.get(peer)
+        if known is None or version <= known:
+            return False
+        self._versions[peer] = version
+        return True
+
+    def replaced(self, peer: PeerId, version: int) -> None:
+        """A peer has loaded another state; what that holds is said next."""
+        self._forget_claims(peer)
+        if peer in self._versions:
+            self._versions[peer] = version
+
+    def holds(self, peer: PeerId, microbatches: Collection[bytes]) -> None:
+        """The state of `peer` holds these microbatches."""
+        for microbatch in microbatches:
+            self._holders[microbatch].add(peer)
+
+    def forget(self, microbatch: bytes) -> None:
+        self._holders.pop(microbatch, None)
+
+    def _forget_claims(self, peer: PeerId) -> None:
+        for holders in self._holders.values():
+            holders.discard(peer)
+
+    @property
+    def floor(self) -> int:
+        """The version that every live peer has reached (0 without peers)."""
+        return min(self._versions.values(), default=0)
+
+    @property
+    def newest(self) -> int:
+        """The step that the stage is about to close."""
+        return max(self._versions.values(), default=0)
+
+    def is_held(self, microbatch: bytes) -> bool:
+        """Is it in the state of a live peer?"""
+        return any(peer in self._versions for peer in self._holders.get(microbatch, ()))
+
+    def is_safe(self, microbatch: bytes) -> bool:
+        """Is it in the state of every live peer?"""
+        holders = self._holders.get(microbatch, set())
+        return bool(self._versions) and self._versions.keys() <= holders
+
+    def __bool__(self) -> bool:
+        return bool(self._versions)
