@@ -57,6 +57,7 @@ class Hop:
     step: int = 0  # it was accumulated for
     counted: bool = False  # its gradient is in a sum here; else it only supplied its neighbours
     loss: float = 0.0
+    dropped: bool = False  # withdrawn: it must not be accumulated any more
     delivered: bool = False  # the input's gradient is with the peer before
     sending: set[bool] = field(default_factory=set)  # directions being pushed right now
 
@@ -126,6 +127,8 @@ class Mailbox:
     def drop(self, microbatch: bytes, attempt: int | None = None) -> None:
         """Forget a microbatch and refuse this and earlier attempts of it from now on."""
         hop = self._hops.pop(microbatch, None)
+        if hop is not None:
+            hop.dropped = True
         known = -1 if hop is None else hop.route.attempt
         self._buried[microbatch] = max(
             self._buried.pop(microbatch, -1), known, -1 if attempt is None else attempt

@@ -169,8 +169,8 @@ class HopServer:
         tensor = self._decode(sender, push, payload)
         if hop is None:
             hop = self.mailbox.add(push, self._clock())
-            if route.attempt:
-                self._report(hop, pb.ARRIVED)
+        if route.attempt and not push.backward:
+            self._report(hop, pb.ARRIVED)
         if push.backward:
             hop.grad = tensor
             self.counters["gradient_bytes"] += len(payload)
@@ -264,9 +264,10 @@ class HopServer:
 
     def _forget_session(self, session: Session) -> None:
         for hop in self.mailbox.of_session(session.trainer, session.key):
-            if hop.phase is Phase.ACCUMULATED and not session.goodbye:
-                self.orphans.add(hop.route.microbatch)
+            computing = hop.job is not None and hop.job.running()
             self._drop(hop.route.microbatch)
+            if not session.goodbye and (computing or hop.phase is Phase.ACCUMULATED):
+                self.orphans.add(hop.route.microbatch)
 
     def may_count(self, accumulator: Accumulator) -> bool:
         """May this sum go into a step?
@@ -406,9 +407,11 @@ class HopServer:
             raise
         finally:
             hop.job = None
-        return self.mailbox.get(hop.route.microbatch) is hop or hop.phase is Phase.ACCUMULATED
+        return not hop.dropped
 
     def _drop_failed(self, hop: Hop, reason: str) -> None:
+        if hop.dropped:
+            return
         self.counters["dropped"] += 1
         log.warning("dropped a microbatch: %s", reason)
         self._report(hop, pb.DROPPED, reason=reason)
@@ -460,6 +463,8 @@ class HopServer:
             raise NotFiniteError("a gradient is not finite")
         if not self.watchers.may_accumulate(hop.route.trainer, hop.route.session):
             raise LeaseExpiredError("the trainer has not been heard for too long")
+        if hop.dropped:
+            raise LeaseExpiredError("it was withdrawn while it was computed")
         hop.gradient = None if grad_x is None else Sent(self._codec.encode(grad_x), tuple(grad_x.shape))
         done = self._stage.stage in hop.route.accumulated or hop.route.microbatch in self._stage.history
         if done:  # it only supplies its neighbours

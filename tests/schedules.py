@@ -6,6 +6,7 @@
 import asyncio
 import logging
 import random
+import re
 import sys
 import time
 from collections import Counter, defaultdict
@@ -43,8 +44,7 @@ class Schedule:
             commands = handle(event, now_s)
             for thing, sign in [(event, "->"), *((c, "<-") for c in commands)]:
                 if repr(traced) in repr(thing):
-                    text = repr(thing).replace(repr(traced), "M")
-                    self.note(f"{sign} {text[:600]}")
+                    self.note(f"{sign} {brief(thing, traced)[:300]}")
             return commands
 
         ledger.handle = spy
@@ -92,7 +92,7 @@ class Schedule:
             if int.from_bytes(flight.id, "big") < MICROBATCHES:
                 self.note(f"{int.from_bytes(flight.id, 'big')} attempt {flight.attempt} {flight.unplaced}")
                 for hop in flight.hops:
-                    self.note(f"    {hop}")
+                    self.note(f"    {brief(hop, b'')}")
         for p in self.sim.peers.values():
             if hasattr(p.peer, "updater"):
                 updater, stage = p.peer.updater, p.peer.stage
@@ -192,6 +192,15 @@ class Schedule:
             for stage in range(3):
                 times = gradients[stage][microbatch]
                 assert times == 1, f"microbatch {number} is {times} times in stage {stage}"
+
+
+def brief(thing: object, traced: bytes) -> str:
+    """An event or a command as one short line; the traced microbatch is M."""
+    text = repr(thing).replace(repr(traced), "M")
+    text = re.sub(r", b'\\x00[^']*'|b'\\x00[^']*', |-of-stage\d", "", text)
+    text = re.sub(r"(, )?(session|tokens)=b('[^']*'|\"[^\"]*\")", "", text)
+    text = re.sub(r", (trainer|seconds|loss|sequences|evaluate)=[^,)]*", "", text)
+    return re.sub(r", (step|attempt|status)=0\b|, (target|reason)=''|, \w+=False|frozenset", "", text)
 
 
 def run(seed: int) -> Schedule:

@@ -30,6 +30,11 @@ class Hop:
     awaits_verdict: bool = False  # whoever may have accumulated it is gone; is it in a step?
     verdict_s: float = 0.0  # when to stop waiting for one
 
+    @property
+    def only_supplies(self) -> bool:
+        """Is it done, by another peer than the one that serves its neighbours now?"""
+        return self.phase >= Phase.ACCUMULATED and self.accumulated_by != self.peer
+
 
 @dataclass(slots=True)
 class Flight:
@@ -48,6 +53,7 @@ class Flight:
     counted: bool = False  # completed at least once
     rejections: int = 0
     avoid: set[PeerId] = field(default_factory=set)
+    doubted: set[int] = field(default_factory=set)  # stages done whose peer does not supply its neighbours
     not_before_s: float = 0.0  # no new route sooner
     retries: list[tuple[float, Resend | PushTokens, int]] = field(default_factory=list)
     touched: set[PeerId] = field(default_factory=set)  # peers that may hold something of it

@@ -159,6 +159,9 @@ class Ledger:
         if stage is None:
             return []
         self._evidence[stage].gone(event.peer)
+        for flight in self._flights.values():
+            if flight.hops[stage].accumulated_by == event.peer:
+                flight.hops[stage].accumulated_by = None
         if event.left:
             self._wirings[stage].remove(event.peer)
         else:
@@ -178,7 +181,7 @@ class Ledger:
                 continue
             flight.completed = False  # strict: what was accumulated there is computed again, too
             moved.add((flight.id, s))
-            commands += self._reroute(flight, {s}, now_s)
+            commands += self._reroute(flight, s, now_s)
         if moved and not event.left:
             self._recovering[event.peer] = (now_s, moved, len(moved))
         return commands + self._settle(stage, now_s)
@@ -272,9 +275,10 @@ class Ledger:
         held = self._evidence[stage].is_held(flight.id)
         if hop.phase is Phase.SETTLED or hop.accumulated_by != event.peer or held:
             return []
+        hop.accumulated_by = None
         if self._retain or not flight.completed:  # it gave up the gradient it had accumulated
             flight.completed = False
-            return self._reroute(flight, {stage}, now_s)
+            return self._reroute(flight, stage, now_s)
         self.counters["lost"] += 1
         hop.phase = Phase.SETTLED
         return self._finish_if_settled(flight)
@@ -295,7 +299,7 @@ class Ledger:
             self.counters["lost"] += not flight.evaluate
             commands = [Cancel(p, ((flight.id, flight.attempt),)) for p in sorted(flight.touched)]
             return [*commands, Abandoned(flight.id, flight.evaluate, reason)]
-        return self._reroute(flight, {stage}, now_s)
+        return self._reroute(flight, stage, now_s)
 
     def _push_failed(self, flight: Flight, stage: int, event: HopEvent, now_s: float) -> list[Command]:
         next_stage = stage - 1 if event.backward else stage + 1
@@ -334,7 +338,7 @@ class Ledger:
         self.counters["busy"] += 1
         if len(self._wirings[stage]) > 1 and hop.peer not in flight.avoid:
             flight.avoid.add(hop.peer)
-            return self._reroute(flight, {stage}, now_s)
+            return self._reroute(flight, stage, now_s)
         flight.avoid.clear()
         flight.retries.append((now_s + RETRY_S, again, flight.attempt))
         return []
@@ -346,7 +350,7 @@ class Ledger:
         if peer in flight.avoid:  # and nobody else was there
             flight.not_before_s = now_s + RETRY_S
         flight.avoid.add(peer)
-        return self._reroute(flight, {stage}, now_s)
+        return self._reroute(flight, stage, now_s)
 
     def _answered(self, event: Answered, now_s: float) -> list[Command]:
         flight = self._flights.get(event.microbatch)
@@ -386,22 +390,30 @@ class Ledger:
             flight = self._flights.get(microbatch)
             if flight is None or flight.hops[stage].peer != event.peer:
                 continue
-            if flight.hops[stage].phase >= Phase.ACCUMULATED or not flight.hops[stage].cancelling:
+            hop = flight.hops[stage]
+            if not hop.cancelling or (hop.phase >= Phase.ACCUMULATED and not hop.only_supplies):
                 continue
             if microbatch in stands:
                 commands += self._accumulated(flight, stage, *stands[microbatch], now_s)
             else:
-                commands += self._reroute(flight, {stage}, now_s)
+                commands += self._reroute(flight, stage, now_s)
         return commands
 
     # routes
 
-    def _reroute(self, flight: Flight, stages: set[int], now_s: float) -> list[Command]:
-        """Give the hops at `stages` to other peers and ask the neighbours for what they retained."""
-        for stage in stages:
-            flight.hops[stage] = Hop()
-            self.counters["rerouted_hops"] += flight.routed and not flight.evaluate
-        flight.unplaced |= stages
+    def _reroute(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
+        """Give the hop at `stage` to another peer and ask the neighbours for what they retained.
+
+        If its gradient is safe with somebody else, the new peer only supplies the neighbours.
+        """
+        hop = flight.hops[stage]
+        if hop.phase >= Phase.ACCUMULATED and (
+            hop.accumulated_by in self._stage_of or self._evidence[stage].is_held(flight.id)
+        ):
+            return self._place(flight, now_s, suppliers={stage})
+        flight.hops[stage] = Hop()
+        self.counters["rerouted_hops"] += flight.routed and not flight.evaluate
+        flight.unplaced.add(stage)
         return self._place(flight, now_s)
 
     def _place(
@@ -411,7 +423,7 @@ class Ledger:
 
         `suppliers` are stages that are done but whose tensors a neighbour needs again.
         """
-        placing = self._with_suppliers(flight, flight.unplaced | suppliers)
+        placing = self._with_suppliers(flight, flight.unplaced | suppliers | flight.doubted)
         if now_s < flight.not_before_s or any(not len(self._wirings[stage]) for stage in placing):
             return []
         first = not flight.routed
@@ -421,9 +433,11 @@ class Ledger:
             peer = self._wirings[stage].choose(
                 flight.token_count, now_s=now_s, source=source, avoid=flight.avoid
             )
-            hop.peer, hop.has_input, hop.due_s, hop.cancelling = peer, False, None, False
+            supplied = stage > 0 and flight.hops[stage - 1].phase >= Phase.FORWARDED
+            hop.peer, hop.has_input, hop.cancelling = peer, False, False
+            hop.due_s = now_s if supplied else None
             flight.touched.add(peer)
-        flight.unplaced, flight.routed = set(), True
+        flight.unplaced, flight.doubted, flight.routed = set(), set(), True
         flight.retries.clear()
         flight.attempt += not first
         return self._supply(flight, sorted(placing), first)
@@ -534,7 +548,7 @@ class Ledger:
         hop.awaits_verdict = False
         if hop.phase < Phase.ACCUMULATED or self._retain or not flight.completed:
             flight.completed = False
-            return self._reroute(flight, {stage}, now_s)
+            return self._reroute(flight, stage, now_s)
         self.counters["lost"] += 1
         hop.phase = Phase.SETTLED
         return self._finish_if_settled(flight)
@@ -565,15 +579,12 @@ class Ledger:
             for stage, hop in enumerate(flight.hops):
                 if hop.awaits_verdict:
                     commands += self._judge(flight, stage, now_s)
-                    continue
-                late = hop.due_s is not None and now_s - hop.due_s > self._hop_deadline_s
-                if late and hop.phase < Phase.ACCUMULATED and not hop.cancelling and hop.peer is not None:
-                    has_gradient = (
-                        stage == len(flight.hops) - 1 or flight.hops[stage + 1].phase >= Phase.ACCUMULATED
-                    )
-                    if hop.phase is Phase.ASSIGNED or has_gradient:
-                        hop.cancelling = True
-                        slow[hop.peer].append(flight)
+                elif self._is_late(flight, stage, now_s) and hop.peer is not None:
+                    hop.cancelling = True
+                    slow[hop.peer].append(flight)
+                    for near in (stage - 1, stage + 1):
+                        if 0 <= near < len(flight.hops) and flight.hops[near].only_supplies:
+                            flight.doubted.add(near)
         for peer, flights in sorted(slow.items()):
             self.counters["deadline"] += len(flights)
             served = self._stage_of.get(peer)
@@ -583,6 +594,18 @@ class Ledger:
                     flight.avoid.add(peer)
             commands.append(Cancel(peer, tuple((flight.id, flight.attempt) for flight in flights)))
         return commands
+
+    def _is_late(self, flight: Flight, stage: int, now_s: float) -> bool:
+        """Has its peer had all that this hop needs, or should have, for longer than the deadline?"""
+        hop = flight.hops[stage]
+        if hop.phase >= Phase.ACCUMULATED or hop.cancelling or hop.due_s is None:
+            return False
+        waits = hop.phase is Phase.FORWARDED and not self._has_gradient(flight, stage)
+        return not waits and now_s - hop.due_s > self._hop_deadline_s
+
+    @staticmethod
+    def _has_gradient(flight: Flight, stage: int) -> bool:
+        return stage == len(flight.hops) - 1 or flight.hops[stage + 1].phase >= Phase.ACCUMULATED
 
     # bookkeeping
 
