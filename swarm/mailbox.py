@@ -57,6 +57,7 @@ class Hop:
     step: int = 0  # it was accumulated for
     counted: bool = False  # its gradient is in a sum here; else it only supplied its neighbours
     loss: float = 0.0
+    released: bool = False  # its tensors are gone; only its gradient is still to go into a step
     dropped: bool = False  # withdrawn: it must not be accumulated any more
     delivered: bool = False  # the input's gradient is with the peer before
     sending: set[bool] = field(default_factory=set)  # directions being pushed right now
@@ -96,7 +97,8 @@ class Mailbox:
 
     @property
     def is_full(self) -> bool:
-        return self.waiting >= self.capacity or len(self._hops) >= self._retained
+        held = sum(not hop.released for hop in self._hops.values())
+        return self.waiting >= self.capacity or held >= self._retained
 
     def get(self, microbatch: bytes) -> Hop | None:
         return self._hops.get(microbatch)
@@ -135,6 +137,11 @@ class Mailbox:
         )
         while len(self._buried) > TOMBSTONES:
             self._buried.popitem(last=False)
+
+    def release(self, hop: Hop) -> None:
+        """Let go of what was kept for the neighbours."""
+        hop.input = hop.output = hop.gradient = None
+        hop.released = True
 
     def forget(self, microbatch: bytes) -> None:
         """Make room for the same microbatch to come again."""

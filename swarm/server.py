@@ -16,6 +16,7 @@ I/O: one event loop; computation in `Compute`. Design section 4.
 """
 
 import asyncio
+import functools
 import logging
 import math
 from collections import Counter
@@ -97,6 +98,7 @@ class HopServer:
         self.rejections: Counter[PeerId] = Counter()  # by sender
         self.draining = False
         self.announced_version = 0  # the version that trainers have been told of, after what led to it
+        self.sums: Callable[[], list[Accumulator]] = lambda: [stage.accumulator]  # not yet in a step
         self.orphans: set[bytes] = set()  # accumulated here, but their trainer may have re-issued them
         self.on_progress: Callable[[], None] = lambda: None  # called when there is more to report
 
@@ -133,7 +135,7 @@ class HopServer:
                 return await self._cancel(sender, request.cancel), b""
             if kind == "release":
                 for microbatch in request.release.ids:
-                    self._drop_if_of(sender, request.release.session, microbatch, None)
+                    self._release(sender, request.release.session, microbatch)
             return reply(pb.ACCEPTED), b""
         except RejectedError as error:
             self.rejections[error.sender] += 1
@@ -221,7 +223,7 @@ class HopServer:
     def _resend(self, sender: PeerId, message: pb.Resend) -> int:
         route = parse_route(sender, message.route)
         hop = self._of(sender, route.session, route.microbatch)
-        if hop is None:
+        if hop is None or hop.released:
             return pb.UNKNOWN
         self.mailbox.adopt(hop, route)
         backward = message.direction == pb.BACKWARD
@@ -237,7 +239,7 @@ class HopServer:
             if hop is not None and hop.job is not None and not hop.job.cancel():
                 await asyncio.wait([asyncio.wrap_future(hop.job)])
                 await asyncio.sleep(0)  # let the job's own continuation record what it did
-            if hop is not None and hop.phase is Phase.ACCUMULATED and hop.counted:
+            if hop is not None and any(microbatch in s.microbatches for s in self.sums()):
                 answer.accumulated.add(microbatch=microbatch, step=hop.step, loss=hop.loss)
             else:
                 self._drop_if_of(sender, message.session, microbatch, attempts.get(microbatch))
@@ -248,6 +250,20 @@ class HopServer:
         if hop is None or hop.route.trainer != sender or hop.route.session != session:
             return None
         return hop
+
+    def _release(self, sender: PeerId, session: bytes, microbatch: bytes) -> None:
+        hop = self._of(sender, session, microbatch)
+        if hop is not None and hop.counted and microbatch not in self._stage.history:
+            self.mailbox.release(hop)
+        else:
+            self._drop_if_of(sender, session, microbatch, None)
+
+    def forget_released(self, microbatches: Iterable[bytes]) -> None:
+        """These are in a step now: nothing of the released ones among them is needed any more."""
+        for microbatch in microbatches:
+            hop = self.mailbox.get(microbatch)
+            if hop is not None and hop.released:
+                self._drop(microbatch)
 
     def _drop_if_of(self, sender: PeerId, session: bytes, microbatch: bytes, attempt: int | None) -> None:
         hop = self.mailbox.get(microbatch)
@@ -264,10 +280,16 @@ class HopServer:
 
     def _forget_session(self, session: Session) -> None:
         for hop in self.mailbox.of_session(session.trainer, session.key):
-            computing = hop.job is not None and hop.job.running()
             self._drop(hop.route.microbatch)
-            if not session.goodbye and (computing or hop.phase is Phase.ACCUMULATED):
-                self.orphans.add(hop.route.microbatch)
+            if not session.goodbye:
+                if hop.job is None:
+                    self._note_orphan(hop)
+                else:  # done in the compute thread before the next job of a step can begin
+                    hop.job.add_done_callback(functools.partial(self._note_orphan, hop))
+
+    def _note_orphan(self, hop: Hop, job: object = None) -> None:
+        if hop.counted:
+            self.orphans.add(hop.route.microbatch)
 
     def may_count(self, accumulator: Accumulator) -> bool:
         """May this sum go into a step?

@@ -114,6 +114,7 @@ class Updater:
             suspect=self._suspect,
         )
         server.on_progress = self._news.set
+        server.sums = self._sums
 
     async def start(self) -> None:
         """Answer reports, queries and rounds of averaging from now on."""
@@ -141,6 +142,9 @@ class Updater:
                 log.info("step %d: %s", self._stage.version, error)
 
     # who
+
+    def _sums(self) -> list[Accumulator]:
+        return [*([self._frozen] if self._frozen is not None else []), self._stage.accumulator]
 
     def _live(self) -> list[PeerId]:
         """The peers of the stage that are not known to be dead, this one included."""
@@ -303,6 +307,7 @@ class Updater:
         self.coordinator.step_closed(version)
         contents = pb.StepContents(step=plan.step, microbatches=microbatches)
         self._say_steps([pb.Stepped(version=version, steps=[contents])])
+        self._server.forget_released(microbatches)
         self._server.resume_held()
         log.debug("applied step %d with %d members, state %s", plan.step, len(members), self.state_hash.hex())
         tokens = sum(m.weight for m in plan.members)
@@ -406,6 +411,7 @@ class Updater:
             await self._in_compute(lambda: self._stage.merge(older))
         self._server.moved_to_step(self._stage.accumulator)
         self._server.lost_gradients(self._overwritten())
+        self._server.forget_released(self._stage.history)
         self.state_hash = await self._in_compute(self._stage.hash)
         self.coordinator.step_closed(self._stage.version)
         self._server.announced_version = self._stage.version

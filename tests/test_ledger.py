@@ -143,7 +143,7 @@ def test_without_an_answer_the_target_is_cancelled_before_another_gets_the_hop()
     target = route.peers[1]
     commands = say(ledger, route.peers[0], pb.PUSH_FAILED, target=target, status=pb.LINK)
     assert commands == [Cancel(target, ((M, 0),))]
-    commands = ledger.handle(CancelAnswered(target, (M,), ()), 2.0)
+    commands = ledger.handle(CancelAnswered(target, ((M, 0),), ()), 2.0)
     assert any(isinstance(c, Resend) and c.route.attempt == 1 for c in commands)
 
 
@@ -154,7 +154,7 @@ def test_a_cancelled_peer_that_had_accumulated_keeps_the_hop():
     slow = route.peers[1]
     cancels = ledger.handle(Tick(), 50.0)
     assert Cancel(slow, ((M, 0),)) in cancels
-    commands = ledger.handle(CancelAnswered(slow, (M,), ((M, 0, 0.0),)), 51.0)
+    commands = ledger.handle(CancelAnswered(slow, ((M, 0),), ((M, 0, 0.0),)), 51.0)
     assert not [c for c in commands if isinstance(c, Resend)]
     assert [c for c in say(ledger, route.peers[0], pb.BACKWARDED) if isinstance(c, Completed)]
 

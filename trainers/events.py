@@ -66,10 +66,10 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class CancelAnswered:
-    """The peer has withdrawn these microbatches, but had already accumulated some."""
+    """The peer has withdrawn these microbatches, but holds the gradients of some already."""
 
     peer: PeerId
-    microbatches: tuple[bytes, ...]
+    microbatches: tuple[tuple[bytes, int], ...]  # (id, attempt), as in `Cancel`
     accumulated: tuple[tuple[bytes, int, float], ...]  # (microbatch, step, loss)
 
 

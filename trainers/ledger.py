@@ -129,7 +129,7 @@ class Ledger:
             case PeerGone():
                 return self._gone(event, now_s)
             case WatchBroke(peer):
-                return self._cancel_hops(peer)
+                return self._ask(peer) if peer in self._stage_of else []
             case HopEvent():
                 return self._hop_event(event, now_s)
             case Answered():
@@ -186,22 +186,30 @@ class Ledger:
             self._recovering[event.peer] = (now_s, moved, len(moved))
         return commands + self._settle(stage, now_s)
 
-    def _cancel_hops(self, peer: PeerId) -> list[Command]:
-        cancelled = []
-        for flight, _, hop in self._hops(peer):
-            if hop.phase < Phase.ACCUMULATED:
+    def _ask(self, peer: PeerId) -> list[Command]:
+        """Events of this peer may have been lost: withdraw its hops; what it has accumulated stands."""
+        asked = []
+        for flight in self._flights.values():
+            hop = flight.hops[self._stage_of[peer]]
+            if hop.peer == peer and hop.phase < Phase.ACCUMULATED:
                 hop.cancelling = True
-                cancelled.append((flight.id, flight.attempt))
-        return [Cancel(peer, tuple(cancelled))] if cancelled else []
+                asked.append((flight.id, flight.attempt))
+            elif hop.accumulated_by == peer and hop.phase is Phase.ACCUMULATED:
+                asked.append((flight.id, flight.attempt))
+        return [Cancel(peer, tuple(asked))] if asked else []
 
     # what peers say of a hop
 
     def _hop_event(self, event: HopEvent, now_s: float) -> list[Command]:
         flight = self._flights.get(event.microbatch)
         stage = self._stage_of.get(event.peer)
-        if flight is None or stage is None or flight.hops[stage].peer != event.peer:
-            return []  # late: the microbatch is done, or this peer was replaced
+        if flight is None or stage is None:
+            return []  # late: the microbatch is done
         hop = flight.hops[stage]
+        if event.kind == pb.DROPPED and hop.accumulated_by == event.peer:
+            return self._given_up(flight, stage, now_s)
+        if hop.peer != event.peer:
+            return []  # late: this peer was replaced
         match event.kind:
             case pb.ARRIVED:
                 return self._has_input(flight, stage, now_s)
@@ -239,6 +247,7 @@ class Ledger:
                 hop.step = max(hop.step, step)  # its peer fell behind and counts it in a later step
             return []
         hop.phase, hop.step, hop.cancelling, hop.due_s = Phase.ACCUMULATED, step, False, None
+        hop.awaits_verdict = False
         hop.accumulated_by = hop.peer
         commands = self._has_input(flight, stage, now_s)
         if stage == len(flight.hops) - 1:
@@ -269,14 +278,22 @@ class Ledger:
     def _dropped(self, flight: Flight, stage: int, event: HopEvent, now_s: float) -> list[Command]:
         if event.status == pb.CLOSED:  # strict: the step was closed with this microbatch in it
             return self._in_closed_step(flight, stage, now_s)
-        hop = flight.hops[stage]
-        if hop.phase < Phase.ACCUMULATED:
+        if flight.hops[stage].phase < Phase.ACCUMULATED:
             return self._again(flight, stage, event.peer, event.reason, now_s)
-        held = self._evidence[stage].is_held(flight.id)
-        if hop.phase is Phase.SETTLED or hop.accumulated_by != event.peer or held:
+        return []  # it only supplied its neighbours
+
+    def _given_up(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
+        """The peer that had accumulated this hop has thrown its sum away."""
+        hop = flight.hops[stage]
+        if hop.phase is Phase.SETTLED or self._evidence[stage].is_held(flight.id):
             return []
         hop.accumulated_by = None
-        if self._retain or not flight.completed:  # it gave up the gradient it had accumulated
+        return self._lost(flight, stage, now_s)
+
+    def _lost(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
+        """A gradient is in no sum and in no step: compute it again if that can be done, else count it."""
+        hop = flight.hops[stage]
+        if hop.phase < Phase.ACCUMULATED or self._retain or not flight.completed:
             flight.completed = False
             return self._reroute(flight, stage, now_s)
         self.counters["lost"] += 1
@@ -386,16 +403,19 @@ class Ledger:
         if stage is None:
             return []
         stands = {microbatch: (step, loss) for microbatch, step, loss in event.accumulated}
-        for microbatch in event.microbatches:
+        for microbatch, attempt in event.microbatches:
             flight = self._flights.get(microbatch)
-            if flight is None or flight.hops[stage].peer != event.peer:
+            if flight is None:
                 continue
             hop = flight.hops[stage]
-            if not hop.cancelling or (hop.phase >= Phase.ACCUMULATED and not hop.only_supplies):
+            if hop.accumulated_by == event.peer:
+                if microbatch not in stands and attempt == flight.attempt:
+                    commands += self._given_up(flight, stage, now_s)
+            elif hop.peer != event.peer or not hop.cancelling:
                 continue
-            if microbatch in stands:
+            elif microbatch in stands:
                 commands += self._accumulated(flight, stage, *stands[microbatch], now_s)
-            else:
+            elif hop.phase < Phase.ACCUMULATED or hop.only_supplies:
                 commands += self._reroute(flight, stage, now_s)
         return commands
 
@@ -546,12 +566,7 @@ class Ledger:
         if evidence and evidence.newest <= hop.step and now_s < hop.verdict_s:
             return []
         hop.awaits_verdict = False
-        if hop.phase < Phase.ACCUMULATED or self._retain or not flight.completed:
-            flight.completed = False
-            return self._reroute(flight, stage, now_s)
-        self.counters["lost"] += 1
-        hop.phase = Phase.SETTLED
-        return self._finish_if_settled(flight)
+        return self._lost(flight, stage, now_s)
 
     def _finish_if_settled(self, flight: Flight) -> list[Command]:
         if any(hop.phase is not Phase.SETTLED for hop in flight.hops) or flight.id not in self._flights:

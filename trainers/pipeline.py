@@ -298,7 +298,7 @@ class Pipeline:
                 await asyncio.sleep(RETRY_S)
                 continue
             stands = tuple((a.microbatch, a.step, a.loss) for a in reply.accumulated)
-            return self.feed(ev.CancelAnswered(command.peer, ids, stands))
+            return self.feed(ev.CancelAnswered(command.peer, command.microbatches, stands))
 
     async def _release(self, command: ev.Release) -> None:
         message = pb.Microbatches(session=self.session, ids=command.microbatches)
