@@ -47,6 +47,7 @@ from swarm.stage import Accumulator, Graph, Stage
 from swarm.watch import Session, Watchers
 
 SERVICE = "hop"
+EVERY_ATTEMPT = 2**32 - 1
 log = logging.getLogger(__name__)
 
 
@@ -98,7 +99,6 @@ class HopServer:
         self.rejections: Counter[PeerId] = Counter()  # by sender
         self.draining = False
         self.announced_version = 0  # the version that trainers have been told of, after what led to it
-        self.sums: Callable[[], list[Accumulator]] = lambda: [stage.accumulator]  # not yet in a step
         self.orphans: set[bytes] = set()  # accumulated here, but their trainer may have re-issued them
         self.on_progress: Callable[[], None] = lambda: None  # called when there is more to report
 
@@ -237,9 +237,9 @@ class HopServer:
         for microbatch in message.ids[: 4 * self._config.pipeline.queue]:
             hop = self._of(sender, message.session, microbatch)
             if hop is not None and hop.job is not None and not hop.job.cancel():
-                await asyncio.wait([asyncio.wrap_future(hop.job)])
+                await asyncio.gather(asyncio.wrap_future(hop.job), return_exceptions=True)
                 await asyncio.sleep(0)  # let the job's own continuation record what it did
-            if hop is not None and any(microbatch in s.microbatches for s in self.sums()):
+            if hop is not None and any(microbatch in s.microbatches for s in self._stage.sums):
                 answer.accumulated.add(microbatch=microbatch, step=hop.step, loss=hop.loss)
             else:
                 self._drop_if_of(sender, message.session, microbatch, attempts.get(microbatch))
@@ -256,14 +256,14 @@ class HopServer:
         if hop is not None and hop.counted and microbatch not in self._stage.history:
             self.mailbox.release(hop)
         else:
-            self._drop_if_of(sender, session, microbatch, None)
+            self._drop_if_of(sender, session, microbatch, EVERY_ATTEMPT)
 
     def forget_released(self, microbatches: Iterable[bytes]) -> None:
         """These are in a step now: nothing of the released ones among them is needed any more."""
         for microbatch in microbatches:
             hop = self.mailbox.get(microbatch)
             if hop is not None and hop.released:
-                self._drop(microbatch)
+                self._drop(microbatch, EVERY_ATTEMPT)
 
     def _drop_if_of(self, sender: PeerId, session: bytes, microbatch: bytes, attempt: int | None) -> None:
         hop = self.mailbox.get(microbatch)

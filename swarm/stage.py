@@ -60,6 +60,7 @@ class Stage:
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = _adamw(self._parameters, training.optimizer)
         self.accumulator = self.empty(0)
+        self.frozen: Accumulator | None = None  # the sum that goes into the step which closes
 
     @property
     def values(self) -> int:
@@ -118,26 +119,32 @@ class Stage:
         self.accumulator.microbatches.append(microbatch)
         return self.accumulator.step
 
+    @property
+    def sums(self) -> list[Accumulator]:
+        """What is accumulated and in no step yet."""
+        return [self.accumulator] if (frozen := self.frozen) is None else [frozen, self.accumulator]
+
     def freeze(self) -> Accumulator:
-        """Take the sum of the step that closes and start the next one."""
-        frozen = self.accumulator
-        self.accumulator = self.empty(frozen.step + 1)
-        return frozen
+        """The sum of the step that closes; from now on gradients are accumulated for the next one."""
+        if self.frozen is None:
+            self.frozen = self.accumulator
+            self.accumulator = self.empty(self.frozen.step + 1)
+        return self.frozen
 
-    def thaw(self, frozen: Accumulator) -> None:
-        """Undo `freeze` after an abandoned plan; nothing may have been accumulated since."""
-        assert not self.accumulator.tokens, "thaw after new gradients would mix two steps"
-        self.accumulator = frozen
+    def thaw(self) -> None:
+        """Undo `freeze`: the step that closed did so without this sum, or is to begin anew."""
+        if self.frozen is not None:
+            torch._foreach_add_(self.accumulator.sums, self.frozen.sums)
+            self.accumulator.tokens += self.frozen.tokens
+            self.accumulator.microbatches += self.frozen.microbatches
+            self.accumulator.step, self.frozen = self.frozen.step, None
 
-    def clear(self) -> None:
-        """Forget what the current step has accumulated."""
-        self.accumulator = self.empty(self.accumulator.step)
-
-    def merge(self, older: Accumulator) -> None:
-        """Count gradients of a step that closed without them in the current one."""
-        torch._foreach_add_(self.accumulator.sums, older.sums)
-        self.accumulator.tokens += older.tokens
-        self.accumulator.microbatches += older.microbatches
+    def discard(self, given_up: Accumulator) -> None:
+        """Forget one of the two sums; if it was frozen this peer has nothing for the step that closes."""
+        if given_up is self.frozen:
+            self.frozen = self.empty(given_up.step)
+        elif given_up is self.accumulator:
+            self.accumulator = self.empty(given_up.step)
 
     @staticmethod
     def mean(frozen: Accumulator) -> torch.Tensor:
@@ -162,7 +169,7 @@ class Stage:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.history = self.history.with_step(self.version, microbatches)
-        self.version += 1
+        self.version, self.frozen = self.version + 1, None
 
     def _renew_parameters(self) -> None:
         """Swap every parameter for an equal one; graphs under way keep the old ones."""
@@ -226,7 +233,8 @@ class Stage:
         if version == 0:
             self._optimizer.state.clear()
         self.version, self.history = version, history
-        self.accumulator.step = version
+        for ahead, held in enumerate(self.sums):
+            held.step = version + ahead
 
     def hash(self) -> bytes:
         """Eight bytes that differ when any parameter's bits or the version do."""

@@ -100,7 +100,6 @@ class Updater:
         self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
         self._reporting_to: PeerId = ""
         self._redo = False  # a plan of this step was abandoned
-        self._frozen: Accumulator | None = None
         self._contributed: dict[int, tuple[bytes, ...]] = {}  # step -> microbatches this peer put into it
         self.state_hash = b""
         self._news = asyncio.Event()
@@ -114,7 +113,6 @@ class Updater:
             suspect=self._suspect,
         )
         server.on_progress = self._news.set
-        server.sums = self._sums
 
     async def start(self) -> None:
         """Answer reports, queries and rounds of averaging from now on."""
@@ -142,9 +140,6 @@ class Updater:
                 log.info("step %d: %s", self._stage.version, error)
 
     # who
-
-    def _sums(self) -> list[Accumulator]:
-        return [*([self._frozen] if self._frozen is not None else []), self._stage.accumulator]
 
     def _live(self) -> list[PeerId]:
         """The peers of the stage that are not known to be dead, this one included."""
@@ -214,8 +209,8 @@ class Updater:
     def _weight(self, step: int) -> float:
         """Tokens this peer has for `step`."""
         most = MOST_TARGETS * self._config.training.target_batch_tokens
-        if self._frozen is not None:
-            return min(most, float(self._frozen.tokens))
+        if (frozen := self._stage.frozen) is not None:
+            return min(most, float(frozen.tokens))
         if not self._config.training.strict:
             return min(most, float(self._stage.accumulator.tokens))
         # Strict: only what the stage before has received. Once the step is applied here, the weights
@@ -263,9 +258,7 @@ class Updater:
         if not training.delayed_updates:
             self._compute.hold(True)
         try:
-            if self._frozen is None:
-                self._frozen = await self._in_compute(self._stage.freeze)
-            frozen = self._frozen
+            frozen = await self._in_compute(self._stage.freeze)
             if not self._server.may_count(frozen):
                 raise RoundAbandonedError("gradients in it are with other peers or in a step")
             began_s = asyncio.get_running_loop().time()
@@ -276,11 +269,10 @@ class Updater:
                 self._redo = True
                 self.counters["abandoned_plans"] += 1
                 if training.strict:  # what was lost with a member is computed again, for this step
-                    self._frozen = None
-                    await self._in_compute(lambda: self._stage.thaw(frozen))
+                    await self._in_compute(self._stage.thaw)
                 raise RoundAbandonedError(f"its plan of {len(plan.members)} members was abandoned")
             assert result is not None
-            self._frozen, self._redo = None, False
+            self._redo = False
             self._contributed[plan.step] = tuple(frozen.microbatches)
             self._contributed.pop(plan.step - REMEMBERED_STEPS, None)
             averaging_s = asyncio.get_running_loop().time() - began_s
@@ -307,6 +299,7 @@ class Updater:
         self.coordinator.step_closed(version)
         contents = pb.StepContents(step=plan.step, microbatches=microbatches)
         self._say_steps([pb.Stepped(version=version, steps=[contents])])
+        self._server.announced_version = version
         self._server.forget_released(microbatches)
         self._server.resume_held()
         log.debug("applied step %d with %d members, state %s", plan.step, len(members), self.state_hash.hex())
@@ -396,19 +389,13 @@ class Updater:
         before = self._stage.version
         if not await self._refetch():
             return
-        frozen, self._frozen, self._redo = self._frozen, None, False
+        self._redo = False
         stale = self._stage.version - before > self._config.training.max_staleness
-        for old in [frozen, self._stage.accumulator] if frozen else [self._stage.accumulator]:
-            if stale or not self._server.may_count(old):
-                self.counters["too_stale"] += stale * len(old.microbatches)
-                self._give_up(old)
-                if old is frozen:
-                    frozen = None
-                else:
-                    await self._in_compute(self._stage.clear)
-        if frozen is not None:
-            older = frozen
-            await self._in_compute(lambda: self._stage.merge(older))
+        for held in self._stage.sums:
+            if stale or not self._server.may_count(held):
+                self.counters["too_stale"] += stale * len(held.microbatches)
+                await self._give_up(held)
+        await self._in_compute(self._stage.thaw)
         self._server.moved_to_step(self._stage.accumulator)
         self._server.lost_gradients(self._overwritten())
         self._server.forget_released(self._stage.history)
@@ -429,7 +416,6 @@ class Updater:
     def _say_steps(self, told: Iterable[pb.Stepped]) -> None:
         for stepped in told:
             self._server.watchers.say_all(pb.WatchFrame(stepped=stepped).SerializeToString())
-            self._server.announced_version = stepped.version
 
     async def _give_up_unusable(self) -> None:
         """Throw away sums with gradients that other peers have been given, or that are in a step already.
@@ -437,22 +423,16 @@ class Updater:
         A sum cannot be taken apart, so all of it goes, and the trainers that are still here are told. This
         peer then has nothing for the step that closes; what comes from now on is for the next one.
         """
-        strict, stage = self._config.training.strict, self._stage
-        if self._frozen is not None and not self._server.may_count(self._frozen):
-            self._give_up(self._frozen)
-            self._frozen = stage.empty(self._frozen.step)
-        if not self._server.may_count(stage.accumulator):
-            if self._frozen is None and not strict:
-                self._give_up(await self._in_compute(stage.freeze))
-                self._frozen = stage.empty(stage.version)
-            else:
-                self._give_up(stage.accumulator)
-                await self._in_compute(stage.clear)
+        for held in [s for s in self._stage.sums if not self._server.may_count(s)]:
+            if self._stage.frozen is None and not self._config.training.strict:
+                await self._in_compute(self._stage.freeze)
+            await self._give_up(held)
 
-    def _give_up(self, orphaned: Accumulator) -> None:
-        self.counters["orphaned"] += len(orphaned.microbatches)
-        self._server.lost_gradients(orphaned.microbatches)
-        self._server.orphans.difference_update(orphaned.microbatches)
+    async def _give_up(self, held: Accumulator) -> None:
+        self.counters["orphaned"] += len(held.microbatches)
+        await self._in_compute(lambda: self._stage.discard(held))
+        self._server.lost_gradients(held.microbatches)
+        self._server.orphans.difference_update(held.microbatches)
 
     async def _in_compute(self, work: Callable[[], object]):  # type: ignore[no-untyped-def]
         return await asyncio.wrap_future(self._compute.submit(Priority.STEP, work))

@@ -8,7 +8,6 @@ from enum import IntEnum
 
 from averaging.network import PeerId
 from swarm.messages import Route
-from trainers.events import PushTokens, Resend
 
 
 class Phase(IntEnum):
@@ -55,7 +54,7 @@ class Flight:
     avoid: set[PeerId] = field(default_factory=set)
     doubted: set[int] = field(default_factory=set)  # stages done whose peer does not supply its neighbours
     not_before_s: float = 0.0  # no new route sooner
-    retries: list[tuple[float, Resend | PushTokens, int]] = field(default_factory=list)
+    retries: list[tuple[float, int, bool]] = field(default_factory=list)  # (when, to which stage, backward)
     touched: set[PeerId] = field(default_factory=set)  # peers that may hold something of it
 
     def peer(self, stage: int) -> PeerId:

@@ -332,12 +332,7 @@ class Ledger:
         if target.peer != event.target or event.attempt != flight.attempt:  # it speaks of an older route
             return [Resend(event.peer, self._route(flight), event.backward)]
         if event.status == pb.BUSY:
-            return self._busy(
-                flight,
-                next_stage,
-                Resend(event.peer, self._route(flight), event.backward),
-                now_s,
-            )
+            return self._busy(flight, next_stage, event.backward, now_s)
         if event.status == pb.REJECTED:
             if event.backward:  # the sender has accumulated: nothing can be taken back
                 flight.rejections = MAX_REJECTIONS
@@ -348,7 +343,7 @@ class Ledger:
             return [Cancel(event.target, ((flight.id, flight.attempt),))]
         return self._refused(flight, next_stage, now_s)  # STALE: it does not hold it
 
-    def _busy(self, flight: Flight, stage: int, again: Resend | PushTokens, now_s: float) -> list[Command]:
+    def _busy(self, flight: Flight, stage: int, backward: bool, now_s: float) -> list[Command]:
         """The peer of `stage` has no room: take another one, or try again a little later."""
         hop = flight.hops[stage]
         assert hop.peer is not None
@@ -357,8 +352,22 @@ class Ledger:
             flight.avoid.add(hop.peer)
             return self._reroute(flight, stage, now_s)
         flight.avoid.clear()
-        flight.retries.append((now_s + RETRY_S, again, flight.attempt))
+        flight.retries.append((now_s + RETRY_S, stage, backward))
         return []
+
+    def _retry(self, flight: Flight, now_s: float) -> list[Command]:
+        """Deliver again, along the present route, what found no room."""
+        due = [(stage, backward) for at, stage, backward in flight.retries if at <= now_s]
+        if not due or flight.unplaced:
+            return []
+        flight.retries = [retry for retry in flight.retries if retry[0] > now_s]
+        return [self._deliver(flight, stage, backward) for stage, backward in due]
+
+    def _deliver(self, flight: Flight, stage: int, backward: bool) -> Command:
+        """Have the neighbour of `stage` send it what it needs."""
+        if stage == 0 and not backward:
+            return self._push_tokens(flight)
+        return Resend(flight.peer(stage + 1 if backward else stage - 1), self._route(flight), backward)
 
     def _refused(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
         """The peer of `stage` does not know us or has withdrawn this attempt: make a new one."""
@@ -384,12 +393,14 @@ class Ledger:
             return []
         if event.status in (pb.ACCEPTED, pb.DUPLICATE):
             return self._has_input(flight, 0, now_s)
-        if hop.phase >= Phase.ACCUMULATED or event.attempt != flight.attempt or flight.unplaced:
+        if hop.has_input or flight.unplaced or (hop.phase >= Phase.ACCUMULATED and not hop.only_supplies):
             return []
+        if event.attempt != flight.attempt and event.status != pb.CLOSED:
+            return [self._push_tokens(flight)]  # refused for an older route: ask again for this one
         if event.status == pb.CLOSED:
             return self._in_closed_step(flight, 0, now_s)
         if event.status == pb.BUSY:
-            return self._busy(flight, 0, self._push_tokens(flight), now_s)
+            return self._busy(flight, 0, False, now_s)
         if event.status == pb.LINK:
             hop.cancelling = True
             return [Cancel(event.peer, ((flight.id, flight.attempt),))]
@@ -458,7 +469,6 @@ class Ledger:
             hop.due_s = now_s if supplied else None
             flight.touched.add(peer)
         flight.unplaced, flight.doubted, flight.routed = set(), set(), True
-        flight.retries.clear()
         flight.attempt += not first
         return self._supply(flight, sorted(placing), first)
 
@@ -480,18 +490,12 @@ class Ledger:
 
     def _supply(self, flight: Flight, placed: Sequence[int], first: bool) -> list[Command]:
         """Have the living neighbours of every run of new hops send what they retained."""
-        route, commands, last = (
-            self._route(flight),
-            list[Command](),
-            len(flight.hops) - 1,
-        )
+        commands, last = list[Command](), len(flight.hops) - 1
         for stage in placed:
-            if stage == 0:
-                commands.append(self._push_tokens(flight))
-            elif stage - 1 not in placed:
-                commands.append(Resend(flight.peer(stage - 1), route, backward=False))
+            if stage == 0 or stage - 1 not in placed:
+                commands.append(self._deliver(flight, stage, backward=False))
             if not first and not flight.evaluate and stage < last and stage + 1 not in placed:
-                commands.append(Resend(flight.peer(stage + 1), route, backward=True))
+                commands.append(self._deliver(flight, stage, backward=True))
         return commands
 
     def _route(self, flight: Flight) -> Route:
@@ -588,9 +592,7 @@ class Ledger:
         for flight in list(self._flights.values()):
             if flight.unplaced:
                 commands += self._place(flight, now_s)
-            due = [r for r in flight.retries if r[0] <= now_s]
-            flight.retries = [r for r in flight.retries if r[0] > now_s]
-            commands += [again for _, again, attempt in due if attempt == flight.attempt]
+            commands += self._retry(flight, now_s)
             for stage, hop in enumerate(flight.hops):
                 if hop.awaits_verdict:
                     commands += self._judge(flight, stage, now_s)
