@@ -156,8 +156,12 @@ class MemoryHub:
 
     def later(self, source: PeerId, target: PeerId, act: Callable[..., None], *arguments: object) -> None:
         """Do `act` at the target's end once the link's latency has passed."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return  # the loop has ended, and what its tasks leave behind concerns nobody
         delay_s = self.link(source, target).latency_s
-        asyncio.get_running_loop().call_later(delay_s, self._act, (source, target), lambda: act(*arguments))
+        loop.call_later(delay_s, self._act, (source, target), lambda: act(*arguments))
 
     def _act(self, ends: tuple[PeerId, ...], act: Callable[[], None]) -> None:
         for peer in ends:

@@ -182,6 +182,7 @@ class Coordinator:
                 first = next(iter(ballot.streams.values()), None)
                 if first is stream and ballot.plan is None:  # one of its beats looks after a ballot
                     await self._look_for(ballot)
+                    self._reconsider(ballot)  # whoever was waited for may be gone by now
         except LinkError:
             stream.abort()
 

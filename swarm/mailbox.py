@@ -59,7 +59,6 @@ class Hop:
     loss: float = 0.0
     released: bool = False  # its tensors are gone; only its gradient is still to go into a step
     dropped: bool = False  # withdrawn: it must not be accumulated any more
-    delivered: bool = False  # the input's gradient is with the peer before
     sending: set[bool] = field(default_factory=set)  # directions being pushed right now
 
     @property

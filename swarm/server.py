@@ -210,7 +210,14 @@ class HopServer:
         return hop.input is not None
 
     def _is_closed(self, route: Route) -> bool:
-        return self._config.training.strict and not route.evaluate and route.step < self._stage.version
+        """Strict mode: its step has been applied, and it is not here just to supply its neighbours again."""
+        if not self._config.training.strict or route.evaluate or route.step >= self._stage.version:
+            return False
+        return not (self._stage.stage in route.accumulated and self._stage.can_compute(route.step))
+
+    def _step_of(self, hop: Hop) -> int | None:
+        """Whose weights a hop is to be computed with: strict mode's own step, else the newest."""
+        return hop.route.step if self._config.training.strict and not hop.route.evaluate else None
 
     def _decode(self, sender: PeerId, push: Push, payload: Buffer) -> torch.Tensor:
         if not push.shape:
@@ -395,16 +402,13 @@ class HopServer:
         hop.phase = Phase.ACCUMULATED
         self._drop_graph(hop)
         hop.x = hop.grad = hop.input = None
-        hop.delivered = hop.gradient is None
         self.counters["microbatches"] += 1
         self.counters["tokens"] += hop.push.token_count
+        self.on_progress()
         if hop.counted:
             self._report(hop, pb.BACKWARDED, step=hop.step, loss=hop.loss)
         if hop.gradient is not None and self._stage.stage > hop.route.backward_until:
             await self._push(hop, backward=True)
-        else:
-            hop.delivered = True
-        self.on_progress()
 
     async def _compute_hop(self, hop: Hop, priority: Priority, work: Callable[[], None]) -> bool:
         """Run `work` in the compute thread; False if the hop was withdrawn or dropped."""
@@ -446,7 +450,7 @@ class HopServer:
         evaluate = hop.route.evaluate
         keep = not evaluate and self._graphs < self._config.pipeline.keep_graphs
         hop.version = self._stage.version
-        y, hop.graph = self._stage.forward(hop.x, keep_graph=keep)
+        y, hop.graph = self._stage.forward(hop.x, keep_graph=keep, step=self._step_of(hop))
         self._graphs += hop.graph is not None
         hop.x = None
         if self._stage.is_last:
@@ -457,7 +461,9 @@ class HopServer:
     def _loss_job(self, hop: Hop) -> None:
         assert hop.x is not None
         hop.version = self._stage.version
-        loss, gradients, grad_x = self._stage.loss_backward(hop.x, hop.push.token_ids()[:, 1:])
+        loss, gradients, grad_x = self._stage.loss_backward(
+            hop.x, hop.push.token_ids()[:, 1:], step=self._step_of(hop)
+        )
         if not math.isfinite(loss):
             raise NotFiniteError(f"the loss is {loss}")
         hop.loss = loss
@@ -476,7 +482,7 @@ class HopServer:
         assert hop.input is not None and hop.input_push is not None
         self.counters["recomputed"] += 1
         x = self._decode(self._network.peer_id, hop.input_push, hop.input)
-        _, graph = self._stage.forward(x, keep_graph=True)
+        _, graph = self._stage.forward(x, keep_graph=True, step=self._step_of(hop))
         assert graph is not None
         return graph
 
@@ -523,12 +529,8 @@ class HopServer:
                     break
         finally:
             hop.sending.discard(backward)
-        if status in (pb.ACCEPTED, pb.DUPLICATE, pb.CLOSED):
-            if backward:
-                hop.delivered = True
-                self.on_progress()
-            else:
-                self._report(hop, pb.FORWARDED)
+        if status in (pb.ACCEPTED, pb.DUPLICATE, pb.CLOSED) and not backward:
+            self._report(hop, pb.FORWARDED)
         if status not in (pb.ACCEPTED, pb.DUPLICATE):
             self._report(
                 hop,

@@ -59,6 +59,8 @@ class Stage:
         self._training = training
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = _adamw(self._parameters, training.optimizer)
+        # Strict mode: a step back, for neighbours whose step has not closed when this one's has.
+        self._previous: list[nn.Parameter] | None = None
         self.accumulator = self.empty(0)
         self.frozen: Accumulator | None = None  # the sum that goes into the step which closes
 
@@ -69,16 +71,36 @@ class Stage:
 
     # one microbatch
 
-    def forward(self, x: torch.Tensor, *, keep_graph: bool) -> tuple[torch.Tensor, Graph | None]:
-        """Token ids [B, T] or hidden [B, T, D] on any device -> output on this device, and its graph."""
-        x = x.to(self.device)
+    def forward(
+        self, x: torch.Tensor, *, keep_graph: bool, step: int | None = None
+    ) -> tuple[torch.Tensor, Graph | None]:
+        """Token ids [B, T] or hidden [B, T, D] on any device -> output on this device, and its graph.
+
+        With the weights that `step` began with, if they are still here, else with the newest.
+        """
+        x, parameters = x.to(self.device), self._parameters_of(step)
         if not keep_graph:
             with torch.no_grad():
-                return self.module(x), None
+                return self._call(x, parameters), None
         if x.is_floating_point():
             x = x.requires_grad_(True)
-        y = self.module(x)
-        return y.detach(), Graph(x, y, self._parameters)
+        y = self._call(x, parameters)
+        return y.detach(), Graph(x, y, parameters)
+
+    def can_compute(self, step: int) -> bool:
+        """Are the weights that `step` began with here?"""
+        return step == self.version or (step == self.version - 1 and self._previous is not None)
+
+    def _parameters_of(self, step: int | None) -> list[nn.Parameter]:
+        if step == self.version - 1 and self._previous is not None:
+            return self._previous
+        return self._parameters
+
+    def _call(self, x: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
+        if parameters is self._parameters:
+            return self.module(x)
+        names = [name for name, _ in self._named()]
+        return torch.func.functional_call(self.module, dict(zip(names, parameters, strict=True)), (x,))
 
     def backward(self, graph: Graph, grad_y: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Gradients of the parameters and of the input (None at the first stage); accumulates nothing."""
@@ -91,10 +113,10 @@ class Stage:
         )
 
     def loss_backward(
-        self, x: torch.Tensor, targets_BT: torch.Tensor
+        self, x: torch.Tensor, targets_BT: torch.Tensor, *, step: int | None = None
     ) -> tuple[float, list[torch.Tensor], torch.Tensor | None]:
         """Forward, loss and backward of the last stage: (loss, parameter gradients, input gradient)."""
-        _, graph = self.forward(x, keep_graph=True)
+        _, graph = self.forward(x, keep_graph=True, step=step)
         assert graph is not None
         loss = self.loss(graph.y, targets_BT)
         gradients, grad_x = self._gradients(graph, loss, None)
@@ -155,6 +177,8 @@ class Stage:
     def apply(self, mean: torch.Tensor, microbatches: Collection[bytes] = ()) -> None:
         """One optimizer step with the mean gradient [values] of `microbatches`; the version grows by one."""
         mean = mean.to(self.device)
+        if self._training.strict:
+            self._previous = self._parameters
         self._renew_parameters()
         start = 0
         for parameter in self._parameters:
@@ -202,6 +226,10 @@ class Stage:
                 state[f"{slot}/{name}"] = (
                     torch.zeros(parameter.shape) if value is None else value.detach().cpu().clone()
                 )
+        if self._training.strict:
+            previous = self._previous or self._parameters
+            for (name, _), parameter in zip(self._named(), previous, strict=True):
+                state[f"previous/{name}"] = parameter.detach().cpu().clone()
         packed = self.history.pack()
         state[HISTORY] = torch.tensor(bytearray(packed), dtype=torch.uint8)
         return state
@@ -211,7 +239,8 @@ class Stage:
 
         Raises ValueError when names or shapes differ; nothing is changed then.
         """
-        own = {f"{kind}/{n}": p for kind in ("parameter", "exp_avg", "exp_avg_sq") for n, p in self._named()}
+        kinds = ("parameter", "exp_avg", "exp_avg_sq", *(["previous"] if self._training.strict else []))
+        own = {f"{kind}/{n}": p for kind in kinds for n, p in self._named()}
         names = own.keys() | {HISTORY}
         if names != state.keys():
             raise ValueError(f"state names differ: {sorted(names ^ state.keys())[:3]} ...")
@@ -232,6 +261,10 @@ class Stage:
                 }
         if version == 0:
             self._optimizer.state.clear()
+        elif self._training.strict:
+            self._previous = [
+                nn.Parameter(state[f"previous/{name}"].to(self.device).clone()) for name, _ in self._named()
+            ]
         self.version, self.history = version, history
         for ahead, held in enumerate(self.sums):
             held.step = version + ahead

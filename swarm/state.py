@@ -102,7 +102,7 @@ async def _download(network: Network, stage: Stage, donor: PeerId) -> tuple[pb.S
         offer = pb.StateOffer.FromString(frame.header if frame else b"")
         if not offer.available:
             raise LinkError(donor, "has no state to give")
-        most = 3 * 4 * stage.values + ALLOWANCE_BYTES
+        most = 4 * 4 * stage.values + ALLOWANCE_BYTES
         if offer.size_bytes > most:
             raise ProtocolError(donor, f"offers {offer.size_bytes} bytes, the stage takes at most {most}")
         data = bytearray()

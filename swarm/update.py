@@ -33,7 +33,6 @@ from swarm.compute import Compute, Priority
 from swarm.config import RunConfig
 from swarm.coordinator import ALIVE_S, MOST_TARGETS, STEP_SERVICE, Coordinator
 from swarm.history import REMEMBERED_STEPS
-from swarm.mailbox import Phase
 from swarm.server import HopServer
 from swarm.stage import Accumulator, Stage
 
@@ -198,7 +197,7 @@ class Updater:
         while True:
             self._news.clear()
             report = pb.StepReport(
-                step=step, weight=self._weight(step), state_hash=self.state_hash, frozen=self._redo
+                step=step, weight=self._weight(), state_hash=self.state_hash, frozen=self._redo
             )
             try:
                 await stream.send(pb.FromMember(report=report).SerializeToString())
@@ -206,22 +205,12 @@ class Updater:
                 return  # the receiving side notices, too
             await self._news.wait()
 
-    def _weight(self, step: int) -> float:
-        """Tokens this peer has for `step`."""
+    def _weight(self) -> float:
+        """Tokens this peer has for the step that closes."""
         most = MOST_TARGETS * self._config.training.target_batch_tokens
         if (frozen := self._stage.frozen) is not None:
             return min(most, float(frozen.tokens))
-        if not self._config.training.strict:
-            return min(most, float(self._stage.accumulator.tokens))
-        # Strict: only what the stage before has received. Once the step is applied here, the weights
-        # that could compute its gradient again are gone.
-        return float(
-            sum(
-                hop.push.token_count
-                for hop in self._server.mailbox
-                if hop.phase is Phase.ACCUMULATED and hop.delivered and hop.step == step
-            )
-        )
+        return min(most, float(self._stage.accumulator.tokens))
 
     async def _hear(self, stream: Stream) -> pb.FromCoordinator:
         try:
@@ -243,9 +232,7 @@ class Updater:
         if any(member.peer not in {*self._roster(), *me_and_coordinator} for member in members):
             await self._refresh_roster()  # a newcomer that announced itself a moment ago
         roster = {*self._roster(), *me_and_coordinator}
-        wrong = check_plan(
-            plan, me=self._network.peer_id, step=step, my_weight=self._weight(step), roster=roster
-        )
+        wrong = check_plan(plan, me=self._network.peer_id, step=step, my_weight=self._weight(), roster=roster)
         if wrong is None and (len(plan.key) != 16 or len(members) > MAX_MEMBERS):
             wrong = "it is malformed"
         if wrong is not None:

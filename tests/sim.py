@@ -185,13 +185,19 @@ class Sim:
         self.completed[done.microbatch] += 1
         self.losses[done.microbatch] = done.loss / done.tokens
 
-    def issue(self, number: int, *, evaluate: bool = False, step: int = 0) -> bytes:
-        training, model = self.config.training, self.config.model
+    def tokens(self, number: int) -> torch.Tensor:
+        """The token ids [B, T + 1] of a microbatch."""
+        training = self.config.training
         generator = torch.Generator().manual_seed(number)
         shape = (training.microbatch_sequences, training.sequence_tokens + 1)
-        tokens = torch.randint(0, model.vocabulary, shape, generator=generator)
+        return torch.randint(0, self.config.model.vocabulary, shape, generator=generator)
+
+    def issue(self, number: int, *, evaluate: bool = False, step: int = 0) -> bytes:
+        tokens = self.tokens(number)
         microbatch = number.to_bytes(16, "big")
-        self.pipeline.issue(microbatch, pack_tokens(tokens), sequences=shape[0], evaluate=evaluate, step=step)
+        self.pipeline.issue(
+            microbatch, pack_tokens(tokens), sequences=len(tokens), evaluate=evaluate, step=step
+        )
         return microbatch
 
     async def until(self, condition, limit_s: float = 300.0) -> None:

@@ -302,9 +302,13 @@ class Ledger:
 
     def _in_closed_step(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
         commands = self._accumulated(flight, stage, flight.step, flight.loss, now_s)
-        flight.hops[stage].phase = Phase.SETTLED
+        hop = flight.hops[stage]
+        hop.phase, hop.accumulated_by = Phase.SETTLED, None
         if flight.id not in self._flights:
             return commands
+        near = flight.hops[max(0, stage - 1) : stage + 2]
+        if any(h.phase < Phase.ACCUMULATED for h in near):  # its neighbours need what it would have sent
+            return commands + self._place(flight, now_s, suppliers={stage})
         return commands + self._finish_if_settled(flight)
 
     def _again(self, flight: Flight, stage: int, culprit: PeerId, reason: str, now_s: float) -> list[Command]:

@@ -1,0 +1,160 @@
+"""Seeded deaths against a strict in-memory swarm, aimed at the moments that matter, and the outcome compared
+with plain single-process training.
+
+`python -m tests.strict_schedules SEED [COUNT]` replays one schedule (or several).
+"""
+
+import asyncio
+import itertools
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+from averaging import virtual_time
+from averaging.memory_network import Link
+from swarm.mailbox import Phase
+from tests.plain import train_plain, worst_difference
+from tests.schedules import Schedule
+from tests.sim import Sim, SimPeer, tiny_run
+
+STEPS, MICROBATCHES = 6, 8  # per step
+STRICT = (
+    "training.strict=true",
+    "training.delayed_updates=false",
+    f"training.steps={STEPS}",
+    "training.optimizer.clip_norm=null",
+    "training.optimizer.warmup_steps=2",
+    "training.optimizer.lr=1.0e-2",
+)
+
+
+def is_computing(peer: SimPeer) -> bool:
+    """It works on hops but has accumulated nothing: all that dies with it is under way."""
+    hops = list(peer.peer.server.mailbox)
+    return bool(hops) and not peer.peer.stage.accumulator.tokens and not is_averaging(peer)
+
+
+def has_accumulated(peer: SimPeer) -> bool:
+    return any(hop.phase is Phase.ACCUMULATED for hop in peer.peer.server.mailbox) and not is_averaging(peer)
+
+
+def is_averaging(peer: SimPeer) -> bool:
+    """Between the plan and the verdict."""
+    return peer.peer.stage.frozen is not None
+
+
+MOMENTS: dict[str, Callable[[SimPeer], bool]] = {
+    "before it accumulated": is_computing,
+    "after it accumulated": has_accumulated,
+    "during averaging": is_averaging,
+}
+
+
+class StrictSchedule(Schedule):
+    """One strict run: peers are killed at chosen moments of its steps, fresh ones take their place."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.rng = random.Random(f"strict {seed}")
+        self.moments = Counter[str]()
+
+    async def run(self) -> None:
+        sim = self.sim = Sim(tiny_run(*STRICT), self.seed, compute_s=0.05)
+        sim.hub.link = lambda a, b: Link(latency_s=self.rng.uniform(0.001, 0.02))
+        for stage in range(3):
+            for _ in range(self.rng.choice([2, 2, 3])):
+                await sim.start_peer(stage)
+        await sim.start_trainer()
+        await sim.until(lambda: sim.pipeline.ready_stages == 3 and sim.all_acquainted())
+        if "-t" in sys.argv:
+            self.trace(sim.pipeline.ledger)
+            sim.on_log = self.note
+        killing = asyncio.create_task(self.kill_some())
+        try:
+            await self.train()
+        except TimeoutError:
+            self.dump()
+            raise
+        finally:
+            killing.cancel()
+        await sim.until(
+            lambda: all(p.peer.stage.version == STEPS for p in sim.peers.values() if ready(p)), 60
+        )
+        self.check()
+
+    async def train(self) -> None:
+        """What the trainer does in strict mode: a whole step, then wait until it is settled everywhere."""
+        ledger = self.sim.pipeline.ledger
+        for step in range(STEPS):
+            for number in range(step * MICROBATCHES, (step + 1) * MICROBATCHES):
+                self.sim.issue(number, step=step)
+            await self.sim.until(lambda: not ledger.unsettled and ledger.version > step, 400)  # noqa: B023
+            self.note(f"step {step} is settled")
+
+    async def kill_some(self) -> None:
+        for _ in range(self.rng.randint(2, 5)):
+            moment = self.rng.choice(sorted(MOMENTS))
+            victim = await self.candidate(MOMENTS[moment])
+            self.moments[moment] += 1
+            self.note(f"kill {victim.id} {moment}")
+            self.sim.kill(victim.id)
+            await asyncio.sleep(self.rng.uniform(0, 0.5))
+            self.note(f"start {await self.sim.start_peer(victim.stage)}")
+            await asyncio.sleep(self.rng.uniform(0, 3))
+
+    async def candidate(self, condition: Callable[[SimPeer], bool]) -> SimPeer:
+        """Wait for a peer in the chosen condition; another one of its stage must hold the same state."""
+        while True:
+            peers = [p for p in self.sim.peers.values() if ready(p)]
+            states = Counter((p.stage, p.peer.stage.version) for p in peers)
+            found = [p for p in peers if states[p.stage, p.peer.stage.version] > 1 and condition(p)]
+            if found:
+                return self.rng.choice(found)
+            await asyncio.sleep(0.001)
+
+    def check(self) -> None:
+        """The parameters are those of plain training, at every living peer."""
+        sim = self.sim
+        assert not sim.errors, sim.errors
+        plain = train_plain(sim.config, map(sim.tokens, itertools.count()), STEPS)
+        for peer in [p for p in sim.peers.values() if ready(p)]:
+            ours = {name: parameter.detach() for name, parameter in peer.peer.stage.module.named_parameters()}
+            worst, name = worst_difference(ours, {n: plain[n] for n in ours})
+            assert worst <= 1e-5, f"{name} of {peer.id} is off by {worst:.1e}"
+
+
+def ready(peer: SimPeer) -> bool:
+    return hasattr(peer.peer, "updater") and bool(peer.peer.updater.state_hash)
+
+
+def run(seed: int) -> StrictSchedule:
+    schedule = StrictSchedule(seed)
+    try:
+        virtual_time.run(schedule.run())
+    except BaseException as error:
+        lines = "\n".join(schedule.log)
+        raise AssertionError(
+            f"strict schedule {seed} failed: {error!r}; replay it with "
+            f"`python -m tests.strict_schedules {seed}`\n{lines}"
+        ) from error
+    return schedule
+
+
+def main() -> None:
+    first, count = int(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] and sys.argv[2].isdigit() else 1
+    failed, moments = [], Counter[str]()
+    for seed in range(first, first + count):
+        try:
+            schedule = run(seed)
+            moments += schedule.moments
+            if count == 1:
+                print("\n".join(schedule.log))
+        except AssertionError as error:
+            failed.append(seed)
+            print(error)
+    print(f"{count - len(failed)} of {count} strict schedules hold, {dict(moments)}, failed: {failed}")
+
+
+if __name__ == "__main__":
+    main()
