@@ -88,10 +88,8 @@ class Peer:
         )
         self._state = StateServer(self._network, self.stage, self._compute)
         await self._state.start()
-        await self._read_roster()
-        donors = sorted(self._roster.values(), key=lambda record: -record.version)
-        if donors and not await self._fetch([record.peer for record in donors]):
-            log.warning("no peer of stage %d gives its state: starting from the seed", self._stage_number)
+        while not await self._has_state():
+            await asyncio.sleep(REFETCH_PAUSE_S)
         self.server.announced_version = self.stage.version
         await self.server.start()
         await self.updater.start()
@@ -99,6 +97,21 @@ class Peer:
         await self._directory.announce(self._record())
         await self._read_roster()  # after announcing: of two that start together, one sees the other
         log.info("serving stage %d at version %d", self._stage_number, self.stage.version)
+
+    async def _has_state(self) -> bool:
+        """Load a living peer's state; where nobody has any, the seed's is everybody's.
+
+        A peer that cannot be asked now may have one: starting anew beside it would split the stage.
+        """
+        await self._read_roster()
+        donors = sorted(self._roster.values(), key=lambda record: -record.version)
+        try:
+            if not await self._fetch([record.peer for record in donors]):
+                log.info("nobody has a state of stage %d yet: starting from the seed", self._stage_number)
+        except LinkError as error:
+            log.warning("waiting for the state of stage %d: %s", self._stage_number, error)
+            return False
+        return True
 
     async def run(self) -> None:
         """Take part until cancelled."""
@@ -191,8 +204,11 @@ class Peer:
         """The stage has gone on without this peer: load what it has become."""
         await self._read_roster()
         donors = sorted(self._roster.values(), key=lambda record: -record.version)
-        if donors and await self._fetch([r.peer for r in donors]):
-            return True
+        try:
+            if await self._fetch([record.peer for record in donors]):
+                return True
+        except LinkError as error:
+            log.info("no state of stage %d for now: %s", self._stage_number, error)
         await asyncio.sleep(REFETCH_PAUSE_S)
         return False
 

@@ -30,6 +30,10 @@ DEADLINE_S = 30.0  # for the offer and for each chunk
 log = logging.getLogger(__name__)
 
 
+class NoStateError(AveragingError):
+    """The donor is itself new."""
+
+
 class StateServer:
     """Gives this peer's state to newcomers, two at a time."""
 
@@ -77,8 +81,12 @@ async def fetch_state(
 ) -> bool:
     """Load the state of the first donor that gives one of version `at_least` or more.
 
-    Returns False if none did; the stage is then unchanged.
+    Returns False if none of them has one; the stage is then unchanged, as it is when this raises.
+
+    Raises:
+        LinkError: none gave its state, and at least one could not be asked: it may have one.
     """
+    unheard: LinkError | None = None
     for donor in donors:
         try:
             offer, data = await _download(network, stage, donor)
@@ -88,8 +96,14 @@ async def fetch_state(
             await asyncio.wrap_future(compute.submit(Priority.STEP, load))
             log.info("loaded version %d (%.1f MB) from %s", offer.version, len(data) / 1e6, donor[-8:])
             return True
+        except NoStateError as error:
+            log.info("no state from %s: %s", donor[-8:], error)
         except (AveragingError, TimeoutError) as error:
             log.warning("no state from %s: %s", donor[-8:], error)
+            if not (isinstance(error, LinkError) and error.refused):
+                unheard = LinkError(donor, str(error) or "took too long")
+    if unheard is not None:
+        raise unheard
     return False
 
 
@@ -101,7 +115,7 @@ async def _download(network: Network, stage: Stage, donor: PeerId) -> tuple[pb.S
             frame = await stream.receive()
         offer = pb.StateOffer.FromString(frame.header if frame else b"")
         if not offer.available:
-            raise LinkError(donor, "has no state to give")
+            raise NoStateError(f"{donor[-8:]} has none to give yet")
         most = 4 * 4 * stage.values + ALLOWANCE_BYTES
         if offer.size_bytes > most:
             raise ProtocolError(donor, f"offers {offer.size_bytes} bytes, the stage takes at most {most}")

@@ -166,7 +166,8 @@ class Schedule:
         sim = self.sim
         by_stage: defaultdict[int, list[str]] = defaultdict(list)
         for peer in sim.peers.values():
-            if hasattr(peer.peer, "updater") and peer.peer.updater.state_hash:
+            known = peer.id in sim.pipeline.ledger.peers  # else it does not yet count as a holder
+            if known and hasattr(peer.peer, "updater") and peer.peer.updater.state_hash:
                 by_stage[peer.stage].append(peer.id)
         candidates = sorted(p for peers in by_stage.values() if len(peers) > 1 for p in peers)
         if candidates:

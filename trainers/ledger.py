@@ -93,6 +93,11 @@ class Ledger:
         """Whether nothing of an issued microbatch is left to do."""
         return microbatch not in self._flights
 
+    @property
+    def peers(self) -> AbstractSet[PeerId]:
+        """The live peers that hops may be given to."""
+        return self._stage_of.keys()
+
     def floor(self, stage: int) -> int:
         """The version that every live peer of `stage` has reached (0 without peers)."""
         return self._evidence[stage].floor
