@@ -11,7 +11,9 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from averaging.errors import AveragingError
 from averaging.network import Buffer, Calls, Frame, Network, PeerId, Stream, answer
@@ -19,6 +21,7 @@ from swarm import swarm_pb2 as pb
 
 SERVICE = "metrics"
 MAX_BYTES = 256 * 1024
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 log = logging.getLogger(__name__)
 
 # name in metrics.jsonl and W&B -> what it is; the dashboard draws these in this order
@@ -36,6 +39,58 @@ TABLE = {
     "wire/gradient_bytes": "received by peers in backward pushes, cumulative",
     "wire/averaging_bytes": "sent by peers in averaging, cumulative",
 }
+
+
+class PeerMetrics(BaseModel):
+    """What a peer pushes; beside these fields any number of counters."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, Count]
+    kind: Literal["peer"]
+    stage: Count
+    version: Count
+    queue: Count
+    retained_bytes: Count
+    tokens_per_s: float
+    name: str = Field("", max_length=128)
+    hash: str = Field("", pattern="^[0-9a-f]{0,16}$")
+
+
+class Evaluation(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+    step: Count
+    tokens: Count
+    loss: float
+    time_s: float
+
+
+class Recovery(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+    peer: str = Field(max_length=128)
+    noticed: float
+    recovered: float
+    hops: Count
+
+
+class TrainerMetrics(BaseModel):
+    """What a trainer pushes."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+    kind: Literal["trainer"]
+    step: Count
+    tokens: Count
+    loss: float | None
+    in_flight: Count
+    limit: Count
+    counters: dict[str, Count] = Field(max_length=64)
+    evaluations: list[Evaluation] = Field(max_length=64)
+    recoveries: list[Recovery] = Field(max_length=64)
+    finished: bool
+
+
+PUSH: TypeAdapter[PeerMetrics | TrainerMetrics] = TypeAdapter(
+    Annotated[PeerMetrics | TrainerMetrics, Field(discriminator="kind")]
+)
 
 
 class MetricsSender:
@@ -70,11 +125,9 @@ async def serve_metrics(network: Network, take: Callable[[PeerId, dict[str, Any]
     async def respond(sender: PeerId, frame: Frame) -> tuple[bytes, Buffer]:
         try:
             message = pb.Metrics.FromString(frame.header[:MAX_BYTES])
-            values = json.loads(message.json)
-        except (ValueError, RecursionError):  # protobuf's DecodeError is a ValueError, too
-            return b"", b""
-        if isinstance(values, dict) and values.get("kind") in ("peer", "trainer"):
-            take(sender, values)
+            take(sender, PUSH.validate_json(message.json).model_dump())
+        except ValueError as error:  # protobuf's and pydantic's errors are ValueErrors, too
+            log.debug("metrics of %s are ignored: %s", sender[-8:], error)
         return b"", b""
 
     async def serve(stream: Stream) -> None:

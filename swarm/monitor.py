@@ -20,7 +20,9 @@ from rich.text import Text
 from averaging.network import PeerId
 from swarm.config import RunConfig
 from swarm.launch import Kill
+from swarm.metrics import TABLE
 
+MAX_SENDERS = 16_384
 FRESH_S = 6.0  # a process that has not reported for longer is not shown as live
 
 
@@ -58,7 +60,9 @@ class Monitor:
         )
 
     def take(self, sender: PeerId, values: dict[str, Any]) -> None:
-        """Note one push of metrics."""
+        """Note one push of metrics, validated."""
+        if sender not in self._latest and len(self._latest) >= MAX_SENDERS:
+            return
         self._latest[sender] = (time.time(), values)
         if values["kind"] == "peer" and values.get("hash"):
             key = (int(values["stage"]), int(values["version"]))
@@ -112,8 +116,7 @@ class Monitor:
             self._rate_at, self._rate_tokens = now, tokens
         peers, trainers = self._counters("peer"), self._counters("trainer")
         evaluations = self.evaluations()
-        line = {
-            "time": round(now, 3),
+        values = {
             "loss/train_nats": self._loss(),
             "loss/heldout_nats": evaluations[-1]["loss"] if evaluations else None,
             "progress/steps": self.step(),
@@ -129,6 +132,7 @@ class Monitor:
             "wire/gradient_bytes": peers["gradient_bytes"],
             "wire/averaging_bytes": peers["averaging_bytes"],
         }
+        line = {"time": round(now, 3), **{name: values[name] for name in TABLE}}
         self._metrics.write(json.dumps(line) + "\n")
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in line.items() if k != "time" and v is not None})

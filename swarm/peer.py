@@ -89,7 +89,7 @@ class Peer:
         self._state = StateServer(self._network, self.stage, self._compute)
         await self._state.start()
         while not await self._has_state():
-            await asyncio.sleep(REFETCH_PAUSE_S)
+            log.info("trying again to get a state of stage %d", self._stage_number)
         self.server.announced_version = self.stage.version
         await self.server.start()
         await self.updater.start()
@@ -110,6 +110,7 @@ class Peer:
                 log.info("nobody has a state of stage %d yet: starting from the seed", self._stage_number)
         except LinkError as error:
             log.warning("waiting for the state of stage %d: %s", self._stage_number, error)
+            await asyncio.sleep(REFETCH_PAUSE_S)
             return False
         return True
 

@@ -248,6 +248,7 @@ class Updater:
             frozen = await self._in_compute(self._stage.freeze)
             if not self._server.may_count(frozen):
                 raise RoundAbandonedError("gradients in it are with other peers or in a step")
+            log.debug("step %d: averaging with %d members", plan.step, len(plan.members))
             began_s = asyncio.get_running_loop().time()
             result = await self._average(plan, frozen, stream)
             done = pb.StepDone(ok=result is not None, microbatches=frozen.microbatches)

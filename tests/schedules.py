@@ -9,11 +9,13 @@ import random
 import re
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 
 from averaging import virtual_time
 from averaging.memory_network import Link
 from tests.sim import Sim, tiny_run
+from trainers import events as ev
+from trainers.ledger import Ledger
 
 MICROBATCHES = 40
 
@@ -34,20 +36,26 @@ class Schedule:
     def __init__(self, seed: int) -> None:
         self.seed, self.rng = seed, random.Random(seed)
         self.log: list[str] = []
+        self.reached = [0, 0, 0]  # the version that all peers of a stage had, as the trainer knew them
 
-    def trace(self, ledger: object) -> None:
-        """Note everything the ledger hears and says about one microbatch (-t NUMBER)."""
-        traced = int(sys.argv[sys.argv.index("-t") + 1]).to_bytes(16, "big")
+    def spy(self, ledger: Ledger) -> None:
+        """Note which version the trainer has seen every stage reach, and trace a microbatch (-t NUMBER)."""
+        traced = int(sys.argv[sys.argv.index("-t") + 1]).to_bytes(16, "big") if "-t" in sys.argv else None
         handle = ledger.handle
 
-        def spy(event, now_s):
+        def spying(event: ev.LedgerEvent, now_s: float) -> list[ev.Command]:
             commands = handle(event, now_s)
-            for thing, sign in [(event, "->"), *((c, "<-") for c in commands)]:
-                if repr(traced) in repr(thing):
-                    self.note(f"{sign} {brief(thing, traced)[:300]}")
+            for stage in range(3):
+                self.reached[stage] = max(self.reached[stage], ledger.floor(stage))
+            if traced is not None:
+                for thing, sign in [(event, "->"), *((c, "<-") for c in commands)]:
+                    if repr(traced) in repr(thing):
+                        self.note(f"{sign} {brief(thing, traced)[:300]}")
             return commands
 
-        ledger.handle = spy
+        ledger.handle = spying
+        if traced is not None:
+            self.sim.on_log = self.note
 
     def note(self, what: str) -> None:
         self.log.append(f"{self.sim.clock():8.3f}  {what}")
@@ -61,9 +69,7 @@ class Schedule:
             for _ in range(self.rng.choice([2, 2, 3])):
                 await sim.start_peer(stage)
         await sim.start_trainer()
-        if "-t" in sys.argv:
-            self.trace(sim.pipeline.ledger)
-            sim.on_log = self.note
+        self.spy(sim.pipeline.ledger)
         await sim.until(lambda: sim.pipeline.ready_stages == 3 and sim.all_acquainted())
         feeding = asyncio.create_task(self.feed())
         breaking = asyncio.create_task(self.break_things())
@@ -162,14 +168,15 @@ class Schedule:
                     self.note(f"heal {a} {b}")
 
     async def kill_one(self) -> None:
-        """SIGKILL a peer that is not the last of its stage with a state; a fresh one comes later."""
-        sim = self.sim
-        by_stage: defaultdict[int, list[str]] = defaultdict(list)
-        for peer in sim.peers.values():
-            known = peer.id in sim.pipeline.ledger.peers  # else it does not yet count as a holder
-            if known and hasattr(peer.peer, "updater") and peer.peer.updater.state_hash:
-                by_stage[peer.stage].append(peer.id)
-        candidates = sorted(p for peers in by_stage.values() if len(peers) > 1 for p in peers)
+        """SIGKILL a peer if another one holds all that its stage has settled; a fresh one comes later."""
+        sim, known = self.sim, self.sim.pipeline.ledger.peers
+        holders = [
+            peer
+            for peer in sim.peers.values()
+            if peer.id in known and peer.peer.stage.version >= self.reached[peer.stage]
+        ]
+        pools = Counter(peer.stage for peer in holders)
+        candidates = sorted(peer.id for peer in sim.peers.values() if pools[peer.stage] > (peer in holders))
         if candidates:
             victim = self.rng.choice(candidates)
             stage = sim.peers[victim].stage
@@ -235,6 +242,7 @@ def main() -> None:
         f"{count - len(failed)} of {count} schedules hold, {time.time() - began_s:.1f} s, "
         f"{dict(faults)}, failed: {failed}"
     )
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -67,9 +67,7 @@ class StrictSchedule(Schedule):
                 await sim.start_peer(stage)
         await sim.start_trainer()
         await sim.until(lambda: sim.pipeline.ready_stages == 3 and sim.all_acquainted())
-        if "-t" in sys.argv:
-            self.trace(sim.pipeline.ledger)
-            sim.on_log = self.note
+        self.spy(sim.pipeline.ledger)
         killing = asyncio.create_task(self.kill_some())
         try:
             await self.train()
@@ -154,6 +152,7 @@ def main() -> None:
             failed.append(seed)
             print(error)
     print(f"{count - len(failed)} of {count} strict schedules hold, {dict(moments)}, failed: {failed}")
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tests.real import RealSwarm, real_swarm
 from trainers.trainer import Trainer
 
 STEPS = 10
+AVERAGING = "averaging with 2 members"
 STRICT = """
 name: strict
 model: {width: 64, layers: 6, heads: 4, vocabulary: 256, stages: 3}
@@ -150,6 +151,39 @@ def test_strict_run_equals_plain_training_although_peers_are_killed(tmp_path, se
     assert worst <= 1e-5, f"{name} is off by {worst:.2e} after the deaths of {killed} (seed {seed})"
     assert_stages_identical(swarm)
     print(f"killed {killed}; worst tensor {name}: {worst:.2e}")
+
+
+@pytest.mark.real
+@pytest.mark.timeout(400)
+def test_strict_run_equals_plain_training_although_peers_die_while_they_average(tmp_path):
+    # Large enough that averaging a stage (25 MB) takes longer than to notice it and to kill.
+    config = strict_run("model.width=512", "model.heads=8", f"training.steps={STEPS}")
+    killed: list[str] = []
+
+    async def kill_in_rounds(swarm: RealSwarm, trainer: Trainer) -> None:
+        """SIGKILL one member the moment it begins to average; a fresh one takes its place."""
+        await swarm.until(lambda: trainer.pipeline.ledger.version >= 1, 90, "the first step")
+        while len(killed) < 3 and trainer.pipeline.ledger.version < STEPS - 1:
+            rounds = {p.name: p.text().count(AVERAGING) for p in swarm.living()}
+            victim = None
+            while victim is None:
+                await asyncio.sleep(0.002)
+                began = [p for p in swarm.living() if p.text().count(AVERAGING) > rounds.get(p.name, 1 << 30)]
+                victim = next((p for p in began if len(swarm.living(p.stage)) > 1), None)
+            swarm.kill(victim)
+            killed.append(f"{victim.name} in step {trainer.pipeline.ledger.version}")
+            await victim.process.wait()
+            mate = await swarm.start_peer(victim.stage)
+            await swarm.until(lambda: mate.serving, 60, "a replacement serves")  # noqa: B023
+
+    swarm, ours = uvloop.run(whole_run(config, tmp_path, kill_in_rounds))
+    plain = train_plain(config, endless_text(config), STEPS)
+    worst, name = worst_difference(ours, plain)
+    abandoned = sum("was abandoned" in p.text() for p in swarm.peers)
+    assert len(killed) == 3 and abandoned >= 2, f"{killed}, {abandoned} survivors abandoned a round"
+    assert worst <= 1e-5, f"{name} is off by {worst:.2e} after the deaths of {killed}"
+    assert_stages_identical(swarm)
+    print(f"killed {killed}, {abandoned} rounds abandoned; worst tensor {name}: {worst:.2e}")
 
 
 @pytest.mark.real
