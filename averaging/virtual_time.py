@@ -7,6 +7,7 @@ something that cannot come: `DeadlockError`.
 """
 
 import asyncio
+import itertools
 import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -32,12 +33,27 @@ class _JumpingSelector(selectors.SelectSelector):
         return []
 
 
+class _Task(asyncio.Task[Any]):
+    """Hashed by a number instead of its address: sets of tasks, asyncio's own included, keep one order."""
+
+    def __init__(self, *arguments: Any, number: int, **options: Any) -> None:
+        self._number = number  # before the base class puts this task into a set
+        super().__init__(*arguments, **options)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """Its `time()` starts at 0 and moves only while every task waits."""
 
     def __init__(self) -> None:
-        self._jumping = _JumpingSelector()
+        self._jumping, self._numbers = _JumpingSelector(), itertools.count()
         super().__init__(self._jumping)
+        self.set_task_factory(self._numbered)
+
+    def _numbered(self, loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> _Task:
+        return _Task(work, loop=loop, number=next(self._numbers), **options)
 
     def time(self) -> float:
         return self._jumping.now_s

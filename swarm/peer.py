@@ -29,7 +29,7 @@ from swarm.records import PeerRecord
 from swarm.server import HopServer
 from swarm.stage import Stage
 from swarm.state import StateServer, fetch_state
-from swarm.update import StepDone, Updater
+from swarm.update import AppliedStep, Updater
 
 REFETCH_PAUSE_S = 0.2
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Peer:
         name: str = "",
         addresses: tuple[str, ...] = (),
         clock: Callable[[], float] = time.monotonic,
-        on_step: Callable[[StepDone], None] = lambda done: None,
+        on_step: Callable[[AppliedStep], None] = lambda done: None,
     ) -> None:
         if not 0 <= stage < config.model.stages:
             raise UserError(

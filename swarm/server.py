@@ -18,21 +18,19 @@ I/O: one event loop; computation in `Compute`. Design section 4.
 import asyncio
 import functools
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-import torch
-
 from averaging.codecs import CODECS
-from averaging.errors import CodecError, LinkError
+from averaging.errors import LinkError
 from averaging.network import Buffer, Calls, Frame, Network, PeerId, Stream, answer
 from swarm import swarm_pb2 as pb
 from swarm.compute import Compute, Priority
 from swarm.config import RunConfig
 from swarm.errors import RejectedError
-from swarm.mailbox import Hop, Mailbox, Phase, Sent
+from swarm.jobs import HopJobs, NotFiniteError, WithdrawnError, decode, is_out_of_memory
+from swarm.mailbox import Hop, Mailbox, Phase
 from swarm.messages import (
     Push,
     Route,
@@ -43,20 +41,12 @@ from swarm.messages import (
     parse_route,
     reply,
 )
-from swarm.stage import Accumulator, Graph, Stage
+from swarm.stage import Accumulator, Stage
 from swarm.watch import Session, Watchers
 
 SERVICE = "hop"
 EVERY_ATTEMPT = 2**32 - 1
 log = logging.getLogger(__name__)
-
-
-class LeaseExpiredError(Exception):
-    """The trainer may have given this hop to another peer: it must not be accumulated here."""
-
-
-class NotFiniteError(Exception):
-    """The computation overflowed; nothing of it may be accumulated."""
 
 
 def max_payload_bytes(config: RunConfig) -> int:
@@ -94,8 +84,8 @@ class HopServer:
         self._codec = CODECS[config.pipeline.codec]
         self._calls = Calls(network, SERVICE, deadline_s=config.averaging.progress_deadline_s)
         self._pushes: dict[asyncio.Task[None], None] = {}
-        self._graphs = 0
         self.counters: Counter[str] = Counter()  # cumulative, by metric name
+        self._jobs = HopJobs(stage, config, self.counters, may_accumulate=self._may_accumulate)
         self.rejections: Counter[PeerId] = Counter()  # by sender
         self.draining = False
         self.announced_version = 0  # the version that trainers have been told of, after what led to it
@@ -168,7 +158,7 @@ class HopServer:
             return pb.CLOSED
         elif self.mailbox.is_full or self.draining:
             return pb.BUSY
-        tensor = self._decode(sender, push, payload)
+        tensor = decode(sender, push, payload)
         if hop is None:
             hop = self.mailbox.add(push, self._clock())
         if route.attempt and not push.backward:
@@ -214,18 +204,6 @@ class HopServer:
         if not self._config.training.strict or route.evaluate or route.step >= self._stage.version:
             return False
         return not (self._stage.stage in route.accumulated and self._stage.can_compute(route.step))
-
-    def _step_of(self, hop: Hop) -> int | None:
-        """Whose weights a hop is to be computed with: strict mode's own step, else the newest."""
-        return hop.route.step if self._config.training.strict and not hop.route.evaluate else None
-
-    def _decode(self, sender: PeerId, push: Push, payload: Buffer) -> torch.Tensor:
-        if not push.shape:
-            return push.token_ids()[:, :-1]
-        try:
-            return push.codec.decode(payload, push.shape)
-        except CodecError as error:
-            raise RejectedError(sender, str(error)) from None
 
     def _resend(self, sender: PeerId, message: pb.Resend) -> int:
         route = parse_route(sender, message.route)
@@ -282,7 +260,7 @@ class HopServer:
         if hop is not None:
             if hop.job is not None:
                 hop.job.cancel()
-            self._drop_graph(hop)
+            self._jobs.drop_graph(hop)
         self.mailbox.drop(microbatch, attempt)
 
     def _forget_session(self, session: Session) -> None:
@@ -293,6 +271,9 @@ class HopServer:
                     self._note_orphan(hop)
                 else:  # done in the compute thread before the next job of a step can begin
                     hop.job.add_done_callback(functools.partial(self._note_orphan, hop))
+
+    def _may_accumulate(self, hop: Hop) -> bool:
+        return self.watchers.may_accumulate(hop.route.trainer, hop.route.session)
 
     def _note_orphan(self, hop: Hop, job: object = None) -> None:
         if hop.counted:
@@ -378,11 +359,11 @@ class HopServer:
     async def _forward(self, hop: Hop) -> None:
         last = self._stage.is_last
         if last and not hop.route.evaluate:
-            if await self._compute_hop(hop, Priority.BACKWARD, lambda: self._loss_job(hop)):
+            if await self._compute_hop(hop, Priority.BACKWARD, lambda: self._jobs.loss(hop)):
                 await self._accumulated(hop)
             return
         priority = Priority.EVALUATE if hop.route.evaluate else Priority.FORWARD
-        if not await self._compute_hop(hop, priority, lambda: self._forward_job(hop)):
+        if not await self._compute_hop(hop, priority, lambda: self._jobs.forward(hop)):
             return
         hop.phase = Phase.FORWARDED
         if last:
@@ -395,12 +376,12 @@ class HopServer:
             self._advance(hop)
 
     async def _backward(self, hop: Hop) -> None:
-        if await self._compute_hop(hop, Priority.BACKWARD, lambda: self._backward_job(hop)):
+        if await self._compute_hop(hop, Priority.BACKWARD, lambda: self._jobs.backward(hop)):
             await self._accumulated(hop)
 
     async def _accumulated(self, hop: Hop) -> None:
         hop.phase = Phase.ACCUMULATED
-        self._drop_graph(hop)
+        self._jobs.drop_graph(hop)
         hop.x = hop.grad = hop.input = None
         self.counters["microbatches"] += 1
         self.counters["tokens"] += hop.push.token_count
@@ -416,11 +397,11 @@ class HopServer:
         hop.job = job  # type: ignore[assignment]
         try:
             await asyncio.wrap_future(job)
-        except (LeaseExpiredError, NotFiniteError) as error:
+        except (WithdrawnError, NotFiniteError) as error:
             self._drop_failed(hop, str(error))
             return False
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             self.mailbox.capacity = max(1, self.mailbox.capacity // 2)
             self._drop_failed(
@@ -442,70 +423,6 @@ class HopServer:
         log.warning("dropped a microbatch: %s", reason)
         self._report(hop, pb.DROPPED, reason=reason)
         self._drop(hop.route.microbatch)
-
-    # in the compute thread
-
-    def _forward_job(self, hop: Hop) -> None:
-        assert hop.x is not None
-        evaluate = hop.route.evaluate
-        keep = not evaluate and self._graphs < self._config.pipeline.keep_graphs
-        hop.version = self._stage.version
-        y, hop.graph = self._stage.forward(hop.x, keep_graph=keep, step=self._step_of(hop))
-        self._graphs += hop.graph is not None
-        hop.x = None
-        if self._stage.is_last:
-            hop.loss = float(self._stage.loss(y, hop.push.token_ids()[:, 1:]))
-        else:
-            hop.output = Sent(self._codec.encode(y), tuple(y.shape))
-
-    def _loss_job(self, hop: Hop) -> None:
-        assert hop.x is not None
-        hop.version = self._stage.version
-        loss, gradients, grad_x = self._stage.loss_backward(
-            hop.x, hop.push.token_ids()[:, 1:], step=self._step_of(hop)
-        )
-        if not math.isfinite(loss):
-            raise NotFiniteError(f"the loss is {loss}")
-        hop.loss = loss
-        self._accumulate(hop, gradients, grad_x)
-
-    def _backward_job(self, hop: Hop) -> None:
-        assert hop.grad is not None
-        if self._stage.version - hop.version > self._config.training.max_staleness:
-            self.counters["too_stale"] += 1  # its own weights have gone on too far: compute it with new ones
-            self._drop_graph(hop)
-        graph = hop.graph or self._recompute(hop)
-        gradients, grad_x = self._stage.backward(graph, hop.grad)
-        self._accumulate(hop, gradients, grad_x)
-
-    def _recompute(self, hop: Hop) -> Graph:
-        assert hop.input is not None and hop.input_push is not None
-        self.counters["recomputed"] += 1
-        x = self._decode(self._network.peer_id, hop.input_push, hop.input)
-        _, graph = self._stage.forward(x, keep_graph=True, step=self._step_of(hop))
-        assert graph is not None
-        return graph
-
-    def _accumulate(self, hop: Hop, gradients: list[torch.Tensor], grad_x: torch.Tensor | None) -> None:
-        if not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())):
-            raise NotFiniteError("a gradient is not finite")
-        if not self.watchers.may_accumulate(hop.route.trainer, hop.route.session):
-            raise LeaseExpiredError("the trainer has not been heard for too long")
-        if hop.dropped:
-            raise LeaseExpiredError("it was withdrawn while it was computed")
-        hop.gradient = None if grad_x is None else Sent(self._codec.encode(grad_x), tuple(grad_x.shape))
-        done = self._stage.stage in hop.route.accumulated or hop.route.microbatch in self._stage.history
-        if done:  # it only supplies its neighbours
-            hop.step = self._stage.accumulator.step
-        else:
-            hop.step = self._stage.accumulate(hop.route.microbatch, gradients, hop.push.token_count)
-            hop.counted = True
-        # Here, not on the event loop: a cancel that comes next must find what is already true.
-        hop.phase = Phase.ACCUMULATED
-
-    def _drop_graph(self, hop: Hop) -> None:
-        self._graphs -= hop.graph is not None
-        hop.graph = None
 
     # to the neighbours and the trainer
 
@@ -569,8 +486,3 @@ class HopServer:
         route = route or hop.route
         seconds = self._clock() - hop.arrived_s
         self.watchers.say(route.trainer, route.session, pack_event(kind, route, seconds=seconds, **details))
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # On CPU torch has no type for it, only this text of its allocator.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

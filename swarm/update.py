@@ -54,7 +54,7 @@ class MovedError(AveragingError):
 
 
 @dataclass(frozen=True, slots=True)
-class StepDone:
+class AppliedStep:
     """One applied step."""
 
     version: int
@@ -81,7 +81,7 @@ class Updater:
         roster: Callable[[], Collection[PeerId]],
         refresh_roster: Callable[[], Awaitable[None]],
         refetch: Callable[[], Awaitable[bool]],
-        on_step: Callable[[StepDone], None] = lambda done: None,
+        on_step: Callable[[AppliedStep], None] = lambda done: None,
     ) -> None:
         """`roster` are the live peers of the stage without this one, as of the last `refresh_roster`;
         `refetch` loads a donor's state, if there is one."""
@@ -292,7 +292,7 @@ class Updater:
         self._server.resume_held()
         log.debug("applied step %d with %d members, state %s", plan.step, len(members), self.state_hash.hex())
         tokens = sum(m.weight for m in plan.members)
-        done = StepDone(version, members, tokens, averaging_s, sent_bytes, self.state_hash, hash_before)
+        done = AppliedStep(version, members, tokens, averaging_s, sent_bytes, self.state_hash, hash_before)
         self._on_step(done)
 
     async def _average(self, plan: Plan, frozen: Accumulator, stream: Stream) -> moshpit.RoundResult | None:

@@ -19,7 +19,7 @@ from swarm.directory import MemoryDirectory
 from swarm.messages import pack_tokens
 from swarm.peer import Peer
 from swarm.stage import Accumulator
-from swarm.update import StepDone
+from swarm.update import AppliedStep
 from trainers import events as ev
 from trainers.pipeline import Pipeline
 
@@ -69,7 +69,7 @@ class Sim:
         self.parent: dict[Node, Node] = {}  # state -> the state it was stepped from
         self.contents: dict[Node, set[tuple[bytes, PeerId]]] = {}  # what that step added, from whom
         self.hashes: dict[tuple[int, int], set[bytes]] = {}  # (stage, version) -> state hashes seen
-        self.steps: list[tuple[PeerId, int, StepDone]] = []  # (peer, stage, what)
+        self.steps: list[tuple[PeerId, int, AppliedStep]] = []  # (peer, stage, what)
         self.completed: Counter[bytes] = Counter()
         self.abandoned: list[ev.Abandoned] = []
         self.recovered: list[ev.Recovered] = []
@@ -118,7 +118,7 @@ class Sim:
         self.peers[peer_id] = SimPeer(peer_id, stage, peer, task, compute)
         return peer_id
 
-    def _stepped(self, peer_id: PeerId, stage: int, done: StepDone) -> None:
+    def _stepped(self, peer_id: PeerId, stage: int, done: AppliedStep) -> None:
         """Log what went into an applied step: the microbatches that every member contributed to it."""
         self.steps.append((peer_id, stage, done))
         node = (stage, done.version, done.state_hash)

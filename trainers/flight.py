@@ -21,6 +21,7 @@ class Phase(IntEnum):
 class Hop:
     peer: PeerId | None = None
     phase: Phase = Phase.ASSIGNED
+    placed: int = 0  # the attempt with which `peer` was chosen
     has_input: bool = False
     due_s: float | None = None  # since when it is this hop's turn
     cancelling: bool = False

@@ -223,9 +223,12 @@ class Ledger:
                 if hop.phase is Phase.ASSIGNED:
                     hop.phase = Phase.FORWARDED
                     self._wirings[stage].observe(event.peer, flight.token_count, event.seconds)
-                if stage + 1 < len(flight.hops):
-                    commands += self._has_input(flight, stage + 1, now_s)
-                return commands
+                if stage + 1 == len(flight.hops):
+                    return commands
+                if event.attempt < flight.hops[stage + 1].placed and not flight.unplaced:
+                    # Along a route that did not lead there, or did not need to: once more.
+                    return [*commands, self._deliver(flight, stage + 1, backward=False)]
+                return commands + self._has_input(flight, stage + 1, now_s)
             case pb.BACKWARDED:
                 if stage == len(flight.hops) - 1:
                     self._wirings[stage].observe(event.peer, flight.token_count, event.seconds)
@@ -479,6 +482,8 @@ class Ledger:
             flight.touched.add(peer)
         flight.unplaced, flight.doubted, flight.routed = set(), set(), True
         flight.attempt += not first
+        for stage in placing:
+            flight.hops[stage].placed = flight.attempt
         return self._supply(flight, sorted(placing), first)
 
     def _with_suppliers(self, flight: Flight, placing: AbstractSet[int]) -> set[int]:

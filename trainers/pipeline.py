@@ -17,7 +17,6 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -41,12 +40,6 @@ TICK_S = 0.05
 RETRY_S = 0.5
 GOODBYE_S = 1.0
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Watched:
-    stage: int
-    task: "asyncio.Task[None]"
 
 
 class Pipeline:
@@ -82,7 +75,7 @@ class Pipeline:
         )
         self.throttle = Throttle(most=config.pipeline.in_flight, stages=config.model.stages)
         self._calls = Calls(network, SERVICE, deadline_s=config.averaging.progress_deadline_s)
-        self._watched: dict[PeerId, Watched] = {}
+        self._watched: dict[PeerId, asyncio.Task[None]] = {}  # one stream per peer
         self._addresses: dict[PeerId, tuple[str, ...]] = {}
         self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat was answered
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,7 +88,7 @@ class Pipeline:
                 tasks.create_task(self._read_rosters())
                 tasks.create_task(self._tick())
         finally:
-            watching = [watched.task for watched in self._watched.values()]
+            watching = list(self._watched.values())
             for task in watching:
                 task.cancel()  # each says goodbye, so that its peer drops what it holds for us
             await asyncio.gather(*watching, return_exceptions=True)
@@ -140,7 +133,7 @@ class Pipeline:
                     banned = self._wirings[stage].is_banned(record.peer, self._clock())
                     if record.peer not in self._watched and not banned:
                         task = asyncio.create_task(self._watch(stage, record.peer))
-                        self._watched[record.peer] = Watched(stage, task)
+                        self._watched[record.peer] = task
                         task.add_done_callback(functools.partial(self._unwatch, record.peer))
             period_s = self._config.network.announce_s / 2
             await asyncio.sleep(period_s if self.ready_stages == self._config.model.stages else 0.2)
