@@ -73,13 +73,14 @@ def test_a_killed_peers_hops_are_accepted_elsewhere_within_half_a_second():
     async def test(sim):
         for number in range(8):
             sim.issue(number)
-        await sim.until(lambda: any(p.compute.queued for p in sim.peers.values() if p.stage == 1))
-        victim = next(p.id for p in sim.peers.values() if p.stage == 1 and p.compute.queued)
+        at_work = lambda p: p.stage == 1 and p.peer.server.mailbox.waiting  # noqa: E731
+        await sim.until(lambda: any(at_work(p) for p in sim.peers.values()))
+        victim = next(p.id for p in sim.peers.values() if at_work(p))
         sim.kill(victim)
         await sim.until(lambda: len(sim.completed) == 8)
         assert sim.recovered and all(r.recovered_s - r.noticed_s < 0.5 for r in sim.recovered)
 
-    simulate(test, compute_s=0.01)
+    simulate(test, compute_s=0.1)
 
 
 def test_a_leaving_peer_says_goodbye_and_is_not_banned():
