@@ -79,6 +79,7 @@ class ButterflyAllReduce:
         self._progress_s, self._max_weight = progress_s, max_weight
         self._max_payload_bytes = codec.size_bytes(PIECE_VALUES)
         self._rounds: dict[tuple[bytes, int], asyncio.Future[_Reduction]] = {}
+        self._announced: dict[PeerId, tuple[bytes, int]] = {}  # rounds that others began before this peer
 
     async def start(self) -> None:
         """Begin to answer the members of rounds that this peer takes part in."""
@@ -97,7 +98,10 @@ class ButterflyAllReduce:
         cuts = {peer: pieces(part, PIECE_VALUES) for peer, part in zip(group, slices, strict=True)}
         reduction = _Reduction(tuple(group), cuts[me], self._codec)
         reduction.weights[me] = weight
-        self._slot(key, index).set_result(reduction)
+        slot = self._slot(key, index)
+        if slot.done():
+            raise RoundAbandonedError("this round has been run before")
+        slot.set_result(reduction)
         mean = torch.empty_like(vector)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -108,9 +112,8 @@ class ButterflyAllReduce:
                 ]
                 tasks.create_task(self._reduce_own(reduction, vector, weight, mean))
         except* AveragingError as errors:
-            lost = _blamed(errors)
             reduction.fail(RoundAbandonedError("a groupmate abandoned the round"))
-            raise RoundAbandonedError(str(errors.exceptions[0]), lost) from None
+            raise RoundAbandonedError(str(errors.exceptions[0])) from None
         finally:
             asyncio.get_running_loop().call_later(2 * self._progress_s, self._rounds.pop, (key, index), None)
         sent = sum(task.result() for task in exchanges)
@@ -165,8 +168,8 @@ class ButterflyAllReduce:
                 async with asyncio.timeout(2 * self._progress_s):
                     encoded = await asyncio.shield(reduction.means[number])
             except TimeoutError:
-                absent = frozenset(reduction.group) - reduction.arrived[number].keys()
-                raise RoundAbandonedError(f"{len(absent)} members sent nothing", absent) from None
+                absent = len(reduction.group) - len(reduction.arrived[number])
+                raise RoundAbandonedError(f"{absent} members sent nothing") from None
             mean[part.start : part.stop] = self._codec.decode(encoded, (len(part),))
 
     async def _reduce_for(self, stream: Stream) -> None:
@@ -187,8 +190,7 @@ class ButterflyAllReduce:
         except* (AveragingError, TimeoutError):
             stream.abort()
             if reduction is not None and stream.remote in reduction.group:
-                lost = frozenset((stream.remote,))
-                reduction.fail(RoundAbandonedError(f"lost {stream.remote[-8:]} in the round", lost))
+                reduction.fail(RoundAbandonedError(f"lost {stream.remote[-8:]} in the round"))
 
     async def _greeting(self, stream: Stream) -> RoundGreeting:
         frame = await stream.receive()
@@ -198,8 +200,13 @@ class ButterflyAllReduce:
             raise ProtocolError(stream.remote, "malformed greeting of a round") from None
         if len(greeting.plan) != 16 or not 0 <= greeting.weight <= self._max_weight:
             raise ProtocolError(stream.remote, f"round of weight {greeting.weight}")
-        if (greeting.plan, greeting.round) not in self._rounds and len(self._rounds) >= OPEN_ROUNDS:
-            raise ProtocolError(stream.remote, "announces one round too many")
+        name = (greeting.plan, greeting.round)
+        if name not in self._rounds:
+            ahead = self._announced.get(stream.remote)  # of this peer's own plan: one at a time
+            waiting = ahead in self._rounds and not self._rounds[ahead].done()
+            if waiting or len(self._rounds) >= OPEN_ROUNDS:
+                raise ProtocolError(stream.remote, "announces one round too many")
+            self._announced[stream.remote] = name
         return greeting
 
     async def _receive_parts(self, stream: Stream, reduction: _Reduction, weight: float) -> None:
@@ -244,16 +251,3 @@ async def _receive_piece(stream: Stream, number: int, deadline_s: float) -> byte
     except DecodeError:
         raise ProtocolError(stream.remote, "malformed piece") from None
     return frame.payload  # type: ignore[return-value]
-
-
-def _blamed(errors: BaseExceptionGroup[AveragingError]) -> frozenset[PeerId]:
-    """The peers that the errors of a round speak of."""
-    blamed: set[PeerId] = set()
-    for error in errors.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            blamed |= _blamed(error)
-        elif isinstance(error, LinkError | ProtocolError):
-            blamed.add(error.peer)
-        elif isinstance(error, RoundAbandonedError):
-            blamed |= error.lost
-    return frozenset(blamed)

@@ -32,7 +32,3 @@ class CodecError(AveragingError):
 
 class RoundAbandonedError(AveragingError):
     """A round of averaging lost a member before everyone held the mean; close the step anew."""
-
-    def __init__(self, what: str, lost: frozenset[str] = frozenset()) -> None:
-        super().__init__(what)
-        self.lost = lost

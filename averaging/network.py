@@ -23,7 +23,7 @@ from averaging.errors import LinkError
 PeerId = str
 Buffer = bytes | bytearray | memoryview
 
-MAX_HEADER_BYTES = 1 << 20  # token ids travel in headers: 64 sequences of 4,096 tokens fit
+MAX_HEADER_BYTES = 1 << 20  # token ids travel in headers
 IDLE_STREAMS_PER_PEER = 8
 
 

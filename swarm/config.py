@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from averaging.codecs import CODECS
+from averaging.network import MAX_HEADER_BYTES
 from swarm.errors import ConfigError
 
 CodecName = Literal["float32", "float16", "bfloat16", "int8"]
@@ -93,7 +94,7 @@ class TrainingConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     delayed_updates: bool = Field(True, description="average and step behind the next batch's computation")
     strict: bool = Field(False, description="reproduce single-process training exactly, whoever dies")
-    max_staleness: Positive = Field(4, description="versions after which a gradient is dropped")
+    max_staleness: Positive = Field(4, description="versions after which a gradient is computed anew")
     eval_every: Positive = Field(25, description="steps between evaluations on held-out text")
     eval_microbatches: Positive = Field(8, description="microbatches per evaluation")
     seed: int = Field(0, ge=0, description="of initialisation, data order and wiring")
@@ -101,6 +102,16 @@ class TrainingConfig(_Section):
     @property
     def microbatch_tokens(self) -> int:
         return self.sequence_tokens * self.microbatch_sequences
+
+    @model_validator(mode="after")
+    def _fits_into_a_header(self) -> "TrainingConfig":
+        bytes_of_ids = 4 * self.microbatch_sequences * (self.sequence_tokens + 1)
+        if bytes_of_ids > MAX_HEADER_BYTES - (1 << 16):
+            raise ValueError(
+                f"a microbatch of {self.microbatch_sequences} x {self.sequence_tokens} tokens does not fit "
+                "into one message: take fewer sequences per microbatch"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainingConfig":
@@ -126,8 +137,11 @@ class PipelineConfig(_Section):
 
 class AveragingConfig(_Section):
     codec: CodecName = Field("int8", description="of gradients between the peers of a stage")
-    group_size: int = Field(16, ge=2, description="largest group of peers that averages at once")
+    group_size: int = Field(
+        16, ge=2, description="largest group that averages at once; today all of a stage do"
+    )
     progress_deadline_s: Seconds = Field(5.0, description="silence after which a groupmate counts as lost")
+    round_deadline_s: Seconds = Field(300.0, description="most that the averaging of one step may take")
     grace_s: Seconds = Field(1.0, description="wait for live peers that have not reported when a step closes")
 
 

@@ -15,7 +15,7 @@ I/O: one event loop. Design section 6.
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -47,6 +47,7 @@ class Ballot:
     streams: dict[PeerId, Stream] = field(default_factory=dict)
     reached_s: float | None = None  # when the target was reached
     plan: Plan | None = None
+    closed_s: float | None = None  # when the plan was made
     holds: dict[PeerId, bool] = field(default_factory=dict)  # who has the whole mean, who has not
     duplicates: set[PeerId] = field(default_factory=set)  # whose microbatches another one has, too
     microbatches: set[bytes] = field(default_factory=set)  # that the mean is made of
@@ -66,13 +67,15 @@ class Coordinator:
         expected: Callable[[], Collection[PeerId]],
         reporting_to: Callable[[], PeerId],
         suspect: Callable[[LinkError], None],
+        refresh: Callable[[], Awaitable[None]],
     ) -> None:
-        """`expected` are the live peers of the stage; `reporting_to` is this peer's own coordinator;
-        `suspect` hears of every dial that failed."""
+        """`expected` are the live peers of the stage, as of the last `refresh`; `reporting_to` is this peer's
+        own coordinator; `suspect` hears of every dial that failed."""
         self._network, self._config = network, config
         self._version, self._expected = version, expected
-        self._reporting_to, self._suspect = reporting_to, suspect
+        self._reporting_to, self._suspect, self._refresh = reporting_to, suspect, refresh
         self._deadline_s = config.averaging.progress_deadline_s
+        self._round_s = config.averaging.round_deadline_s
         self._ballots: list[Ballot] = []
         self._committed: dict[bytes, tuple[bytes, ...]] = {}  # plan -> its microbatches
         self._abandoned: dict[bytes, None] = {}
@@ -94,11 +97,16 @@ class Coordinator:
         """Serve one reporter from its first report to the verdict."""
         peer = stream.remote
         ballot: Ballot | None = None
+        time_s = asyncio.get_running_loop().time
         beat: asyncio.Task[None] | None = None
         try:
             report = await self._receive(stream)
             if report is None or report.WhichOneof("content") != "report":
                 raise ProtocolError(peer, "does not begin with a report")
+            if peer not in self._expected():
+                await self._refresh()  # a newcomer that announced itself a moment ago
+            if peer not in self._expected():
+                raise ProtocolError(peer, "is not on the roster of this stage")
             step = report.report.step
             if step < self._version():
                 await self._say(stream, pb.FromCoordinator(behind=self._version()))
@@ -113,6 +121,8 @@ class Coordinator:
                     self._take(ballot, peer, report)
                 elif ballot.plan is not None and peer not in ballot.holds:
                     raise LinkError(peer, f"silent for {self._deadline_s:.1f} s while averaging")
+                if ballot.closed_s is not None and time_s() > ballot.closed_s + self._round_s:
+                    raise LinkError(peer, f"still averages after {self._round_s:.0f} s")
                 report = await self._receive(stream)
             await self._linger(stream)
         except (LinkError, ProtocolError) as error:
@@ -247,7 +257,7 @@ class Coordinator:
             reports=ballot.reports,
             nonce=secrets.token_bytes(16),
         )
-        ballot.plan = plan
+        ballot.plan, ballot.closed_s = plan, asyncio.get_running_loop().time()
         members = [pb.PlanMember(peer=m.peer, weight=m.weight) for m in plan.members]
         message = pb.FromCoordinator(plan=pb.StepPlan(key=plan.key, step=plan.step, members=members))
         for stream in ballot.streams.values():
@@ -281,24 +291,26 @@ class Coordinator:
     # where is everybody?
 
     async def _look_for(self, ballot: Ballot) -> None:
-        """Ask live peers that have not reported here where they are."""
-        for peer in [p for p in self._expected() if p not in ballot.reports]:
-            try:
-                info = await self.query(peer, pb.StepQuery(step=ballot.step))
-                if info.version > ballot.step:
-                    return self._send_all(ballot, pb.FromCoordinator(behind=info.version))
-                rival = info.coordinator
-                if rival not in ("", self._network.peer_id):
-                    theirs = (
-                        info if rival == peer else await self.query(rival, pb.StepQuery(step=ballot.step))
-                    )
-                    mine = len(ballot.reports)
-                    if ballot.plan is None and (
-                        theirs.reports > mine or (theirs.reports == mine and rival < self._network.peer_id)
-                    ):
-                        return self._send_all(ballot, pb.FromCoordinator(moved=rival))
-            except LinkError as error:
-                self._suspect(error)
+        """Ask live peers that have not reported here where they are, all at once."""
+        missing = [p for p in self._expected() if p not in ballot.reports]
+        await asyncio.gather(*(self._look_for_one(ballot, peer) for peer in missing))
+
+    async def _look_for_one(self, ballot: Ballot, peer: PeerId) -> None:
+        try:
+            info = await self.query(peer, pb.StepQuery(step=ballot.step))
+            if info.version > ballot.step:
+                return self._send_all(ballot, pb.FromCoordinator(behind=info.version))
+            rival = info.coordinator
+            if rival == self._network.peer_id or rival not in self._expected():
+                return
+            theirs = info if rival == peer else await self.query(rival, pb.StepQuery(step=ballot.step))
+            mine = len(ballot.reports)
+            if ballot.plan is None and (
+                theirs.reports > mine or (theirs.reports == mine and rival < self._network.peer_id)
+            ):
+                self._send_all(ballot, pb.FromCoordinator(moved=rival))
+        except LinkError as error:
+            self._suspect(error)
 
     def _send_all(self, ballot: Ballot, message: pb.FromCoordinator) -> None:
         """Tell every reporter of a ballot that will not close here."""

@@ -45,15 +45,16 @@ class HopJobs:
         self._stage, self._config, self._counters = stage, config, counters
         self._may_accumulate = may_accumulate
         self._codec = CODECS[config.pipeline.codec]
-        self._graphs = 0  # kept now
+        self._kept: set[int] = set()  # hops with a graph; changed by both threads, one operation at a time
 
     def forward(self, hop: Hop) -> None:
         """Compute the output, or when evaluating in the last stage the loss."""
         assert hop.x is not None
-        keep = not hop.route.evaluate and self._graphs < self._config.pipeline.keep_graphs
+        keep = not hop.route.evaluate and len(self._kept) < self._config.pipeline.keep_graphs
         hop.version = self._stage.version
         y, hop.graph = self._stage.forward(hop.x, keep_graph=keep, step=self._step_of(hop))
-        self._graphs += hop.graph is not None
+        if hop.graph is not None:
+            self._kept.add(id(hop))
         hop.x = None
         if self._stage.is_last:
             hop.loss = float(self._stage.loss(y, hop.push.token_ids()[:, 1:]))
@@ -82,8 +83,8 @@ class HopJobs:
         self._accumulate(hop, gradients, grad_x)
 
     def drop_graph(self, hop: Hop) -> None:
-        self._graphs -= hop.graph is not None
         hop.graph = None
+        self._kept.discard(id(hop))
 
     def _recompute(self, hop: Hop) -> Graph:
         assert hop.input is not None and hop.input_push is not None

@@ -52,7 +52,6 @@ class Hop:
     gradient: Sent | None = None
     graph: Graph | None = None
     job: "concurrent.futures.Future[object] | None" = None
-    arrived_s: float = 0.0
     version: int = 0  # of the weights the forward used
     step: int = 0  # it was accumulated for
     counted: bool = False  # its gradient is in a sum here; else it only supplied its neighbours
@@ -106,8 +105,8 @@ class Mailbox:
         """Was this attempt (or a later one) withdrawn from here?"""
         return self._buried.get(route.microbatch, -1) >= route.attempt
 
-    def add(self, push: Push, now_s: float) -> Hop:
-        hop = Hop(push, arrived_s=now_s)
+    def add(self, push: Push) -> Hop:
+        hop = Hop(push)
         self._hops[push.route.microbatch] = hop
         return hop
 

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
+from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from averaging.errors import AveragingError
@@ -126,7 +127,7 @@ async def serve_metrics(network: Network, take: Callable[[PeerId, dict[str, Any]
         try:
             message = pb.Metrics.FromString(frame.header[:MAX_BYTES])
             take(sender, PUSH.validate_json(message.json).model_dump())
-        except ValueError as error:  # protobuf's and pydantic's errors are ValueErrors, too
+        except (ValueError, DecodeError) as error:  # pydantic's errors are ValueErrors, too
             log.debug("metrics of %s are ignored: %s", sender[-8:], error)
         return b"", b""
 

@@ -103,10 +103,9 @@ class Peer:
 
         A peer that cannot be asked now may have one: starting anew beside it would split the stage.
         """
-        await self._read_roster()
-        donors = sorted(self._roster.values(), key=lambda record: -record.version)
         try:
-            if not await self._fetch([record.peer for record in donors]):
+            await self._read_roster()
+            if not await self._fetch():
                 log.info("nobody has a state of stage %d yet: starting from the seed", self._stage_number)
         except LinkError as error:
             log.warning("waiting for the state of stage %d: %s", self._stage_number, error)
@@ -203,17 +202,22 @@ class Peer:
 
     async def _refetch(self) -> bool:
         """The stage has gone on without this peer: load what it has become."""
-        await self._read_roster()
-        donors = sorted(self._roster.values(), key=lambda record: -record.version)
         try:
-            if await self._fetch([record.peer for record in donors]):
+            await self._read_roster()
+            if await self._fetch():
                 return True
         except LinkError as error:
             log.info("no state of stage %d for now: %s", self._stage_number, error)
         await asyncio.sleep(REFETCH_PAUSE_S)
         return False
 
-    async def _fetch(self, donors: list[PeerId]) -> bool:
+    async def _fetch(self) -> bool:
+        """Load the newest state that somebody gives. Raises LinkError if one cannot be asked."""
+        donors = sorted(self._roster.values(), key=lambda record: -record.version)
         return await fetch_state(
-            self._network, self.stage, self._compute, donors, at_least=self.stage.version
+            self._network,
+            self.stage,
+            self._compute,
+            [record.peer for record in donors],
+            at_least=self.stage.version,
         )

@@ -46,6 +46,7 @@ from swarm.watch import Session, Watchers
 
 SERVICE = "hop"
 EVERY_ATTEMPT = 2**32 - 1
+MAX_CANCELLED = 256  # microbatches in one request
 log = logging.getLogger(__name__)
 
 
@@ -66,9 +67,7 @@ class HopServer:
         config: RunConfig,
         clock: Callable[[], float],
     ) -> None:
-        self._network, self._stage, self._compute, self._config, self._clock = (
-            network, stage, compute, config, clock
-        )  # fmt: skip
+        self._network, self._stage, self._compute, self._config = network, stage, compute, config
         per_step = -(-config.training.target_batch_tokens // config.training.microbatch_tokens)
         self.mailbox = Mailbox(
             capacity=config.pipeline.queue, retained=8 * config.pipeline.queue + 4 * per_step
@@ -160,7 +159,7 @@ class HopServer:
             return pb.BUSY
         tensor = decode(sender, push, payload)
         if hop is None:
-            hop = self.mailbox.add(push, self._clock())
+            hop = self.mailbox.add(push)
         if route.attempt and not push.backward:
             self._report(hop, pb.ARRIVED)
         if push.backward:
@@ -219,7 +218,9 @@ class HopServer:
     async def _cancel(self, sender: PeerId, message: pb.Microbatches) -> bytes:
         answer = pb.HopReply(status=pb.ACCEPTED)
         attempts = dict(zip(message.ids, message.attempts, strict=False))
-        for microbatch in message.ids[: 4 * self._config.pipeline.queue]:
+        if len(message.ids) > MAX_CANCELLED:
+            raise RejectedError(sender, f"cancels {len(message.ids)} microbatches at once")
+        for microbatch in message.ids:
             hop = self._of(sender, message.session, microbatch)
             if hop is not None and hop.job is not None and not hop.job.cancel():
                 await asyncio.gather(asyncio.wrap_future(hop.job), return_exceptions=True)
@@ -414,6 +415,8 @@ class HopServer:
             raise
         finally:
             hop.job = None
+        if hop.dropped:  # while it was computed
+            self._jobs.drop_graph(hop)
         return not hop.dropped
 
     def _drop_failed(self, hop: Hop, reason: str) -> None:
@@ -484,5 +487,4 @@ class HopServer:
 
     def _report(self, hop: Hop, kind: int, *, route: Route | None = None, **details: object) -> None:
         route = route or hop.route
-        seconds = self._clock() - hop.arrived_s
-        self.watchers.say(route.trainer, route.session, pack_event(kind, route, seconds=seconds, **details))
+        self.watchers.say(route.trainer, route.session, pack_event(kind, route, **details))

@@ -162,9 +162,9 @@ class Stage:
             self.accumulator.step, self.frozen = self.frozen.step, None
 
     def discard(self, given_up: Accumulator) -> None:
-        """Forget one of the two sums; if it was frozen this peer has nothing for the step that closes."""
+        """Forget one of the two sums; what has been accumulated behind a frozen one counts in its step."""
         if given_up is self.frozen:
-            self.frozen = self.empty(given_up.step)
+            self.accumulator.step, self.frozen = given_up.step, None
         elif given_up is self.accumulator:
             self.accumulator = self.empty(given_up.step)
 
@@ -244,6 +244,8 @@ class Stage:
         names = own.keys() | {HISTORY}
         if names != state.keys():
             raise ValueError(f"state names differ: {sorted(names ^ state.keys())[:3]} ...")
+        if state[HISTORY].dtype != torch.uint8 or not 0 <= version < 2**53:
+            raise ValueError("its history or version is malformed")
         history = History.unpack(state[HISTORY].numpy().tobytes())
         for name, parameter in own.items():
             if state[name].shape != parameter.shape or state[name].dtype != parameter.dtype:

@@ -125,6 +125,8 @@ async def _download(network: Network, stage: Stage, donor: PeerId) -> tuple[pb.S
                 frame = await stream.receive()
             if frame is None:
                 raise LinkError(donor, "ended the state early")
+            if len(frame.payload) != min(CHUNK_BYTES, offer.size_bytes - len(data)):
+                raise ProtocolError(donor, "sends a state in crumbs")
             data += frame.payload
     except DecodeError:
         raise ProtocolError(donor, "malformed state offer") from None
@@ -138,5 +140,5 @@ async def _download(network: Network, stage: Stage, donor: PeerId) -> tuple[pb.S
 def _load(stage: Stage, donor: PeerId, offer: pb.StateOffer, data: bytearray) -> None:
     try:
         stage.load(safetensors.torch.load(bytes(data)), offer.version)
-    except (ValueError, safetensors.SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise ProtocolError(donor, f"its state does not fit: {error}") from None

@@ -160,13 +160,12 @@ class WatchPing(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., echo_s: _Optional[float] = ..., fresh: _Optional[bool] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("kind", "microbatch", "attempt", "step", "loss", "seconds", "direction", "target", "status", "reason")
+    __slots__ = ("kind", "microbatch", "attempt", "step", "loss", "direction", "target", "status", "reason")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
-    SECONDS_FIELD_NUMBER: _ClassVar[int]
     DIRECTION_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -176,12 +175,11 @@ class Event(_message.Message):
     attempt: int
     step: int
     loss: float
-    seconds: float
     direction: Direction
     target: str
     status: Status
     reason: str
-    def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., microbatch: _Optional[bytes] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., loss: _Optional[float] = ..., seconds: _Optional[float] = ..., direction: _Optional[_Union[Direction, str]] = ..., target: _Optional[str] = ..., status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., microbatch: _Optional[bytes] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., loss: _Optional[float] = ..., direction: _Optional[_Union[Direction, str]] = ..., target: _Optional[str] = ..., status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("sent_at_s", "queue", "version")
@@ -236,14 +234,12 @@ class StepReport(_message.Message):
     def __init__(self, step: _Optional[int] = ..., weight: _Optional[float] = ..., state_hash: _Optional[bytes] = ..., frozen: _Optional[bool] = ...) -> None: ...
 
 class StepDone(_message.Message):
-    __slots__ = ("ok", "lost", "microbatches")
+    __slots__ = ("ok", "microbatches")
     OK_FIELD_NUMBER: _ClassVar[int]
-    LOST_FIELD_NUMBER: _ClassVar[int]
     MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
     ok: bool
-    lost: _containers.RepeatedScalarFieldContainer[str]
     microbatches: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, ok: _Optional[bool] = ..., lost: _Optional[_Iterable[str]] = ..., microbatches: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    def __init__(self, ok: _Optional[bool] = ..., microbatches: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class FromMember(_message.Message):
     __slots__ = ("report", "done", "alive")

@@ -15,7 +15,7 @@ I/O: one event loop; torch in `Compute`. Design section 6.
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ from averaging.plan import Member, Plan, check_plan, coordinator_order
 from swarm import swarm_pb2 as pb
 from swarm.compute import Compute, Priority
 from swarm.config import RunConfig
-from swarm.coordinator import ALIVE_S, MOST_TARGETS, STEP_SERVICE, Coordinator
+from swarm.coordinator import ALIVE_S, MOST_TARGETS, REMEMBERED_PLANS, STEP_SERVICE, Coordinator
 from swarm.history import REMEMBERED_STEPS
 from swarm.server import HopServer
 from swarm.stage import Accumulator, Stage
@@ -98,6 +98,7 @@ class Updater:
         self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
         self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
         self._reporting_to: PeerId = ""
+        self._seen_plans: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
         self._redo = False  # a plan of this step was abandoned
         self._contributed: dict[int, tuple[bytes, ...]] = {}  # step -> microbatches this peer put into it
         self.state_hash = b""
@@ -110,6 +111,7 @@ class Updater:
             expected=self._live,
             reporting_to=lambda: self._reporting_to,
             suspect=self._suspect,
+            refresh=refresh_roster,
         )
         server.on_progress = self._news.set
 
@@ -188,7 +190,7 @@ class Updater:
                         raise BehindError(f"the stage is at version {answer.behind}")
                     case "drifted":
                         raise BehindError("the majority holds another state")
-                    case "moved":
+                    case "moved" if answer.moved in self._live():
                         raise MovedError(answer.moved)
         finally:
             reporting.cancel()
@@ -235,8 +237,11 @@ class Updater:
         wrong = check_plan(plan, me=self._network.peer_id, step=step, my_weight=self._weight(), roster=roster)
         if wrong is None and (len(plan.key) != 16 or len(members) > MAX_MEMBERS):
             wrong = "it is malformed"
+        if wrong is None and plan.key in self._seen_plans:
+            wrong = "its key has been used"
         if wrong is not None:
             raise LinkError(coordinator, f"its plan is refused: {wrong}")
+        self._seen_plans.append(plan.key)
         return plan
 
     async def _carry_out(self, plan: Plan, stream: Stream) -> None:
@@ -332,8 +337,11 @@ class Updater:
             if not done.ok:
                 self.coordinator.abandon(plan.key)
             await stream.send(pb.FromMember(done=done).SerializeToString())
+            end_s = asyncio.get_running_loop().time() + self._config.averaging.round_deadline_s
             while True:
                 answer = await self._hear(stream)
+                if asyncio.get_running_loop().time() > end_s:
+                    raise LinkError(stream.remote, "speaks no verdict")
                 if answer.WhichOneof("content") == "verdict":
                     if answer.verdict.duplicate:
                         self._server.orphans.update(done.microbatches)
@@ -408,17 +416,15 @@ class Updater:
     async def _give_up_unusable(self) -> None:
         """Throw away sums with gradients that other peers have been given, or that are in a step already.
 
-        A sum cannot be taken apart, so all of it goes, and the trainers that are still here are told. This
-        peer then has nothing for the step that closes; what comes from now on is for the next one.
+        A sum cannot be taken apart, so all of it goes, and the trainers that are still here are told.
         """
         for held in [s for s in self._stage.sums if not self._server.may_count(s)]:
-            if self._stage.frozen is None and not self._config.training.strict:
-                await self._in_compute(self._stage.freeze)
             await self._give_up(held)
 
     async def _give_up(self, held: Accumulator) -> None:
         self.counters["orphaned"] += len(held.microbatches)
         await self._in_compute(lambda: self._stage.discard(held))
+        self._redo = self._redo and self._stage.frozen is not None
         self._server.lost_gradients(held.microbatches)
         self._server.orphans.difference_update(held.microbatches)
 

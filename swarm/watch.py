@@ -26,7 +26,7 @@ from swarm.config import NetworkConfig
 
 SERVICE = "watch"
 MAX_EVENTS = 20_000  # for a trainer that does not read: its session ends
-MAX_SESSIONS = 64
+MAX_SESSIONS, SESSIONS_EACH = 64, 4
 
 
 @dataclass(slots=True)
@@ -91,14 +91,18 @@ class Watchers:
             ping = await self._ping(stream)
         except LinkError:
             return stream.abort()
-        if ping is None or len(ping.session) != 8 or len(self._sessions) >= MAX_SESSIONS:
+        if ping is None or len(ping.session) != 8:
             return stream.abort()
         name = (stream.remote, ping.session)
         session = self._sessions.get(name)
+        if session is None and not self._has_room(stream.remote):
+            return stream.abort()
         if session is not None and ping.fresh:
             del self._sessions[name]
             self._on_end(session)
             session = None
+        for older in session.open if session is not None else ():
+            older.abort()  # a trainer dials again when a stream is dead: events must not go there
         fresh = session is None
         if session is None:
             lease_s = self._clock() + self._settings.lease_s
@@ -116,6 +120,10 @@ class Watchers:
         finally:
             session.open.remove(stream)
             self._expire(session)
+
+    def _has_room(self, trainer: PeerId) -> bool:
+        own = sum(known == trainer for known, _ in self._sessions)
+        return len(self._sessions) < MAX_SESSIONS and own < SESSIONS_EACH
 
     async def _ping(self, stream: Stream) -> pb.WatchPing | None:
         frame = await stream.receive()

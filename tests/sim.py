@@ -166,9 +166,9 @@ class Sim:
         if hasattr(sim_peer.peer, "server"):
             sim_peer.peer.server.close()
 
-    async def start_trainer(self) -> Pipeline:
+    async def start_trainer(self, name: PeerId = "trainer") -> Pipeline:
         self.pipeline = Pipeline(
-            network=self.hub.network("trainer"),
+            network=self.hub.network(name),
             directory=self.directory,
             config=self.config,
             rng=random.Random(self.rng.random()),

@@ -1,5 +1,7 @@
 """The whole swarm in virtual time: what must hold when nothing, or one particular thing, goes wrong."""
 
+import asyncio
+
 import torch
 
 from averaging import virtual_time
@@ -81,6 +83,25 @@ def test_a_killed_peers_hops_are_accepted_elsewhere_within_half_a_second():
         assert sim.recovered and all(r.recovered_s - r.noticed_s < 0.5 for r in sim.recovered)
 
     simulate(test, compute_s=0.1)
+
+
+def test_when_a_trainer_dies_its_unfinished_gradients_go_and_another_trains_on():
+    async def test(sim):
+        await train(sim, 4)  # less than a step: it stays in the peers' sums
+        sim.hub.kill("trainer")
+        sim.pipeline_task.cancel()
+        before = {p.id: p.peer.stage.version for p in sim.peers.values()}
+        await sim.start_trainer("second")
+        await sim.until(lambda: sim.pipeline.ready_stages == 3)
+        await sim.until(lambda: sim.clock() > 20)  # the first one's leases are over
+        for number in range(100, 148):
+            sim.issue(number)
+            await asyncio.sleep(0.1)
+        await sim.until(lambda: all(p.peer.stage.version >= before[p.id] + 3 for p in sim.peers.values()), 60)
+        history = set().union(*(p.peer.stage.history for p in sim.peers.values()))
+        assert not any(number.to_bytes(16, "big") in history for number in range(4))
+
+    simulate(test)
 
 
 def test_a_leaving_peer_says_goodbye_and_is_not_banned():

@@ -46,7 +46,6 @@ class HopEvent:
     attempt: int = 0
     step: int = 0
     loss: float = 0.0
-    seconds: float = 0.0
     backward: bool = False
     target: PeerId = ""
     status: int = 0

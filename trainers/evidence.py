@@ -18,6 +18,8 @@ class Evidence:
     def __init__(self) -> None:
         self._versions: dict[PeerId, int] = {}
         self._holders: defaultdict[bytes, set[PeerId]] = defaultdict(set)
+        self._step: dict[bytes, int] = {}  # in which a microbatch is
+        self._forgotten: dict[PeerId, int] = {}  # steps before this one are in its state, but not named
 
     def ready(self, peer: PeerId, version: int) -> None:
         """`peer` counts from now on; what its state holds has been said before."""
@@ -26,6 +28,7 @@ class Evidence:
     def gone(self, peer: PeerId) -> None:
         """What only `peer` had in its state is gone with it."""
         self._versions.pop(peer, None)
+        self._forgotten.pop(peer, None)
         self._forget_claims(peer)
 
     def reached(self, peer: PeerId, version: int) -> bool:
@@ -37,18 +40,21 @@ class Evidence:
         return True
 
     def replaced(self, peer: PeerId, version: int) -> None:
-        """A peer has loaded another state; what that holds is said next."""
+        """A peer has loaded another state; what that holds is said next, from its oldest step on."""
         self._forget_claims(peer)
+        self._forgotten[peer] = version - 1
         if peer in self._versions:
             self._versions[peer] = version
 
-    def holds(self, peer: PeerId, microbatches: Collection[bytes]) -> None:
-        """The state of `peer` holds these microbatches."""
+    def holds(self, peer: PeerId, step: int, microbatches: Collection[bytes]) -> None:
+        """The state of `peer` holds these microbatches since `step`."""
         for microbatch in microbatches:
             self._holders[microbatch].add(peer)
+            self._step[microbatch] = step
 
     def forget(self, microbatch: bytes) -> None:
         self._holders.pop(microbatch, None)
+        self._step.pop(microbatch, None)
 
     def _forget_claims(self, peer: PeerId) -> None:
         for holders in self._holders.values():
@@ -70,8 +76,10 @@ class Evidence:
 
     def is_safe(self, microbatch: bytes) -> bool:
         """Is it in the state of every live peer?"""
-        holders = self._holders.get(microbatch, set())
-        return bool(self._versions) and self._versions.keys() <= holders
+        if not self.is_held(microbatch):
+            return False
+        holders, step = self._holders[microbatch], self._step[microbatch]
+        return all(peer in holders or step < self._forgotten.get(peer, 0) for peer in self._versions)
 
     def __bool__(self) -> bool:
         return bool(self._versions)

@@ -51,6 +51,7 @@ from trainers.flight import Flight, Hop, Phase
 
 MAX_REJECTIONS = 6  # of one microbatch: then its data is at fault, not a peer
 RETRY_S = 0.1
+MOST_ASKED = 128  # microbatches in one cancel
 
 
 class Ledger:
@@ -201,7 +202,7 @@ class Ledger:
                 asked.append((flight.id, flight.attempt))
             elif hop.accumulated_by == peer and hop.phase is Phase.ACCUMULATED:
                 asked.append((flight.id, flight.attempt))
-        return [Cancel(peer, tuple(asked))] if asked else []
+        return [Cancel(peer, tuple(asked[i : i + MOST_ASKED])) for i in range(0, len(asked), MOST_ASKED)]
 
     # what peers say of a hop
 
@@ -222,7 +223,7 @@ class Ledger:
                 commands = self._has_input(flight, stage, now_s)
                 if hop.phase is Phase.ASSIGNED:
                     hop.phase = Phase.FORWARDED
-                    self._wirings[stage].observe(event.peer, flight.token_count, event.seconds)
+                    self._observe(flight, stage, now_s)
                 if stage + 1 == len(flight.hops):
                     return commands
                 if event.attempt < flight.hops[stage + 1].placed and not flight.unplaced:
@@ -231,7 +232,7 @@ class Ledger:
                 return commands + self._has_input(flight, stage + 1, now_s)
             case pb.BACKWARDED:
                 if stage == len(flight.hops) - 1:
-                    self._wirings[stage].observe(event.peer, flight.token_count, event.seconds)
+                    self._observe(flight, stage, now_s)
                 return self._accumulated(flight, stage, event.step, event.loss, now_s)
             case pb.EVALUATED:
                 flight.loss = event.loss
@@ -241,6 +242,12 @@ class Ledger:
             case pb.PUSH_FAILED:
                 return self._push_failed(flight, stage, event, now_s)
         return []
+
+    def _observe(self, flight: Flight, stage: int, now_s: float) -> None:
+        """Teach the wiring how long a hop took, by this trainer's own clock: peers' claims may be boasts."""
+        hop = flight.hops[stage]
+        if hop.due_s is not None and hop.peer is not None:
+            self._wirings[stage].observe(hop.peer, flight.token_count, now_s - hop.due_s)
 
     def _has_input(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
         hop = flight.hops[stage]
@@ -528,7 +535,7 @@ class Ledger:
         commands: list[Command] = []
         if event.microbatches:
             ours = sorted(m for m in event.microbatches if m in self._flights)
-            evidence.holds(event.peer, ours)
+            evidence.holds(event.peer, event.version - 1, ours)
             for microbatch in ours:
                 commands += self._inside(self._flights[microbatch], stage, event.version - 1, now_s)
         elif not (news or event.whole):
@@ -623,7 +630,8 @@ class Ledger:
                 for flight in flights:  # in the prototype a timeout teaches the wiring nothing
                     self._wirings[served].observe(peer, flight.token_count, 2 * self._hop_deadline_s)
                     flight.avoid.add(peer)
-            commands.append(Cancel(peer, tuple((flight.id, flight.attempt) for flight in flights)))
+            ids = [(flight.id, flight.attempt) for flight in flights]
+            commands += [Cancel(peer, tuple(ids[i : i + MOST_ASKED])) for i in range(0, len(ids), MOST_ASKED)]
         return commands
 
     def _is_late(self, flight: Flight, stage: int, now_s: float) -> bool:

@@ -360,7 +360,6 @@ def _hop_event(peer: PeerId, event: pb.Event) -> ev.HopEvent:
         attempt=event.attempt,
         step=event.step,
         loss=event.loss,
-        seconds=max(0.0, event.seconds),
         backward=event.direction == pb.BACKWARD,
         target=event.target,
         status=event.status,

@@ -1,7 +1,7 @@
 """How many microbatches a trainer keeps under way: enough for the slowest stage to be busy, no more.
 
-Additive increase, multiplicative decrease: one more for every round of completions in which some stage's
-every queue is short, a quarter less when a queue has grown long, at most once per round.
+Additive increase, multiplicative decrease: one more for every round of completions while every peer's queue
+is short, a quarter less when one has grown long, at most once per round.
 
 Pure.
 """

@@ -2,7 +2,8 @@
 
 One hivemind MoE server per stage; the trainer calls stage after stage through `RemoteExpert`, so every
 activation and every gradient passes through it. Several threads keep several microbatches in flight.
-Tensors travel as float16, the smallest of hivemind's codecs that decodes with present numpy.
+Tensors travel as hivemind sends them unless told otherwise (float32), or with `--float16` in the smallest of
+its codecs that decodes with present numpy.
 
     python -m experiments.benchmarks.hub RUN.yaml --stage 0                one server: its address
     python -m experiments.benchmarks.hub RUN.yaml --servers ADDRESS ...    the trainer: tokens/s
@@ -58,15 +59,13 @@ class EveryNth(torch.optim.AdamW):
             super().zero_grad(set_to_none)
 
 
-def serve(config: RunConfig, stage: int) -> None:
+def serve(config: RunConfig, stage: int, compression: int) -> None:
     """Run one stage's server until standard input closes; prints its address."""
     torch.set_num_threads(1)
     training, last = config.training, stage == config.model.stages - 1
     module = build_stage(config.model, stage, seed=training.seed)
     tokens = BatchTensorDescriptor(training.sequence_tokens, dtype=torch.int64)
-    hidden = BatchTensorDescriptor(
-        training.sequence_tokens, config.model.width, compression=CompressionType.FLOAT16
-    )
+    hidden = BatchTensorDescriptor(training.sequence_tokens, config.model.width, compression=compression)
     backend = ModuleBackend(
         name=f"stage.{stage}",
         module=LossStage(module) if last else module,
@@ -143,12 +142,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--stage", type=int)
+    parser.add_argument("--float16", action="store_true")
     parser.add_argument("--servers", nargs="+", default=[])
     parser.add_argument("--seconds", type=float, default=30)
     options = parser.parse_args()
     config = load_run(options.run)
     if options.stage is not None:
-        serve(config, options.stage)
+        serve(config, options.stage, CompressionType.FLOAT16 if options.float16 else CompressionType.NONE)
     else:
         trainer = HubTrainer(config, options.servers)
         print(trainer.tokens_per_s(options.seconds, config.pipeline.in_flight), flush=True)

@@ -4,12 +4,13 @@
 
     plain   one process, one module, all cores; accumulates the microbatches of a step, AdamW
     swarm   the product's own commands: one peer per stage as processes, one trainer, int8 between stages
-    hub     hivemind's MoE servers, one per stage, and a trainer that calls them hop by hop (see hub.py)
+    hub     hivemind's MoE servers, one per stage, and a trainer that calls them hop by hop (see hub.py);
+            hub16 is the same with tensors in float16 instead of hivemind's default
 
-Six layers in three stages, microbatches of 4 x 256 tokens, six in flight, six per optimizer step. All of
-it counts on every side: forward, backward, what is retained, accumulation and the optimizer. Each figure is
-taken over a window that begins when the pipeline is full; the three take turns, `--rounds` times, and the
-median is reported.
+Three stages of one layer each (more with `--layers`: less to send for what is computed), microbatches of
+4 x 256 tokens, six in flight, six per optimizer step. All of it counts on every side: forward, backward,
+what is retained, accumulation and the optimizer. Each figure is taken over a window that begins when the
+pipeline is full; the sides take turns, `--rounds` times, and the median is reported.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from swarm.model import build_stage
 
 RUN = """
 name: pipeline
-model: {{width: {width}, layers: 6, heads: {heads}, stages: 3}}
+model: {{width: {width}, layers: {layers}, heads: {heads}, stages: 3}}
 data: {{source: stdlib}}
 training:
   sequence_tokens: 256
@@ -115,9 +116,9 @@ def _lines(metrics: Path) -> list[dict[str, float]]:
 
 
 @contextlib.contextmanager
-def hub_servers(run_file: Path, stages: int) -> Iterator[list[str]]:
+def hub_servers(run_file: Path, stages: int, *more: str) -> Iterator[list[str]]:
     """One hivemind server process per stage; yields their addresses."""
-    command = [sys.executable, "-m", "experiments.benchmarks.hub", str(run_file), "--stage"]
+    command = [sys.executable, "-m", "experiments.benchmarks.hub", str(run_file), *more, "--stage"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     servers = [
         subprocess.Popen(
@@ -143,9 +144,9 @@ def hub_servers(run_file: Path, stages: int) -> Iterator[list[str]]:
             server.wait()
 
 
-def hub_tokens_per_s(run_file: Path, config: RunConfig, seconds: float) -> float:
+def hub_tokens_per_s(run_file: Path, config: RunConfig, seconds: float, *more: str) -> float:
     """In a process of its own: hivemind's client leaves threads and a daemon behind."""
-    with hub_servers(run_file, config.model.stages) as addresses:
+    with hub_servers(run_file, config.model.stages, *more) as addresses:
         command = [sys.executable, "-m", "experiments.benchmarks.hub", str(run_file)]
         result = subprocess.run(
             [*command, "--seconds", str(seconds), "--servers", *addresses],
@@ -157,17 +158,18 @@ def hub_tokens_per_s(run_file: Path, config: RunConfig, seconds: float) -> float
         return float(result.stdout.strip().splitlines()[-1])
 
 
-def measure(width: int, seconds: float, rounds: int) -> dict[str, float]:
+def measure(width: int, layers: int, seconds: float, rounds: int) -> dict[str, float]:
     """Median tokens/s of each side at one width."""
-    figures: dict[str, list[float]] = {"plain": [], "swarm": [], "hub": []}
+    figures: dict[str, list[float]] = {"plain": [], "swarm": [], "hub": [], "hub16": []}
     with tempfile.TemporaryDirectory() as folder:
         run_file = Path(folder) / "run.yaml"
-        run_file.write_text(RUN.format(width=width, heads=width // 64))
+        run_file.write_text(RUN.format(width=width, layers=layers, heads=width // 64))
         config = load_run(run_file)
         for _ in range(rounds):
             figures["plain"].append(plain_tokens_per_s(config, seconds))
             figures["swarm"].append(swarm_tokens_per_s(run_file, seconds))
             figures["hub"].append(hub_tokens_per_s(run_file, config, seconds))
+            figures["hub16"].append(hub_tokens_per_s(run_file, config, seconds, "--float16"))
             print({"width": width} | {k: round(v[-1], 1) for k, v in figures.items()}, file=sys.stderr)
     return {side: statistics.median(values) for side, values in figures.items()}
 
@@ -176,13 +178,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     rows, ratios = [], {}
     for width in options.widths:
         seconds = options.seconds * max(1.0, (width / 512) ** 2 / 2)  # enough steps at every width
-        found = measure(width, seconds, options.rounds)
+        found = measure(width, options.layers, seconds, options.rounds)
         over_plain, over_hub = found["swarm"] / found["plain"], found["swarm"] / found["hub"]
         speeds = {f"{side} tokens/s": round(value, 1) for side, value in found.items()}
         rows.append({"width": width} | speeds | {"swarm / plain": over_plain, "swarm / hub": over_hub})
