@@ -82,7 +82,7 @@ class HivemindDirectory:
         return cls(node, validator, expire_s)
 
     async def publish_manifest(self, data: bytes) -> None:
-        """Announce the run; it outlives the organizer by a day."""
+        """Announce the run for a day."""
         await self._store(RUN_KEY, data, MANIFEST_EXPIRE_S)
 
     async def manifest(self, organizer: PeerId | None = None) -> Manifest:

@@ -12,6 +12,7 @@ we are killed: it exits when its control connection closes.
 import asyncio
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +36,7 @@ DAEMON_START_S = 90.0  # the engine's own 15 s is too short on loaded machines
 DIAL_S = 10.0
 REFUSED_S = 1.0  # a dial that fails sooner was answered: the machine is there, the process is not
 PROGRESS_S = 5.0
+STREAMS_EACH = 256  # that one peer may have open here
 
 Addresses = Callable[[PeerId], Sequence[str]]
 
@@ -101,6 +103,7 @@ class HivemindNetwork:
         self._p2p, self._progress_s = p2p, progress_s
         self._loopback = MemoryHub().network(self.peer_id)  # the daemon cannot dial itself
         self._addresses: Addresses = lambda peer: ()
+        self._served: Counter[PeerId] = Counter()  # streams that each peer has open here
 
     def use_addresses(self, addresses: Addresses) -> None:
         """Where to dial a peer that the daemon's own routing does not find."""
@@ -147,13 +150,19 @@ class HivemindNetwork:
 
         async def answer(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             cast(asyncio.Transport, writer.transport).pause_reading()
-            stream = self._framed(info.peer_id.to_base58(), reader, writer, max_payload_bytes)
+            remote = info.peer_id.to_base58()
+            if self._served[remote] >= STREAMS_EACH:
+                writer.transport.abort()
+                return
+            self._served[remote] += 1
+            stream = self._framed(remote, reader, writer, max_payload_bytes)
             writer.transport.write(GREETING.pack(MAGIC, PROTOCOL_VERSION))
             try:
                 await handler(stream)
             except LinkError:
                 pass  # the other end went away: its own business
             finally:
+                self._served -= Counter((remote,))
                 stream.abort_unless_finished()
 
         await self._p2p.add_binary_stream_handler(_protocol_name(service), answer)

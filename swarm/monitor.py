@@ -22,7 +22,7 @@ from swarm.config import RunConfig
 from swarm.launch import Kill
 from swarm.metrics import TABLE
 
-MAX_SENDERS = 16_384
+MAX_SENDERS, MAX_HASHES = 16_384, 65_536
 FRESH_S = 6.0  # a process that has not reported for longer is not shown as live
 
 
@@ -68,6 +68,8 @@ class Monitor:
             key = (int(values["stage"]), int(values["version"]))
             if self._hashes.setdefault(key, values["hash"]) != values["hash"]:
                 self.drift += 1
+            while len(self._hashes) > MAX_HASHES:
+                del self._hashes[next(iter(self._hashes))]
         if values["kind"] == "trainer" and values.get("tokens"):
             now = time.time()
             self._first_tokens_at = self._first_tokens_at or now

@@ -10,6 +10,7 @@ I/O: all of it. The run goes on without this process; its own children end with 
 """
 
 import asyncio
+import logging
 import shutil
 import time
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
+from averaging.errors import LinkError
 from swarm.config import RunConfig, dump_run
+from swarm.dht import HivemindDirectory
 from swarm.errors import UserError
 from swarm.launch import LocalRun, last_line
 from swarm.manifest import pack_manifest
@@ -27,6 +30,8 @@ from swarm.metrics import serve_metrics
 from swarm.monitor import Monitor
 from swarm.process import joined
 
+REPUBLISH_S = 3600.0
+log = logging.getLogger(__name__)
 PLAIN_LINE_S = 10.0  # period of progress lines when the output is no terminal
 
 
@@ -47,6 +52,7 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
     identity = folder / "identity"
     async with joined([], listen=options.host, port=options.port, identity=identity) as here:
         await here.directory.publish_manifest(pack_manifest(dump_run(config)))
+        republishing = asyncio.create_task(_republish(here.directory, config))
         await here.directory.manifest(here.network.peer_id)
         (folder / "address").write_text(_best_address(here.addresses) + "\n")
         command = f"swarm-peer --join {_best_address(here.addresses)}"
@@ -60,6 +66,7 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
             await asyncio.get_running_loop().run_in_executor(None, monitor.open_wandb)
             await watching.until_the_end()
         finally:
+            republishing.cancel()
             console.print("ending what this run has started ...")
             await asyncio.shield(local.stop())
             summary = monitor.close(local.kills, console)
@@ -118,6 +125,16 @@ class _Watch:
         failed = self._local.failed()
         if failed is not None:
             raise UserError(f"{failed.name} failed: {last_line(failed.log)} (all of it: {failed.log})")
+
+
+async def _republish(directory: HivemindDirectory, config: RunConfig) -> None:
+    """Records of a day's life, renewed every hour: the run can be joined for a day after this process."""
+    while True:
+        await asyncio.sleep(REPUBLISH_S)
+        try:
+            await directory.publish_manifest(pack_manifest(dump_run(config)))
+        except LinkError as error:
+            log.warning("the run could not be announced anew: %s", error)
 
 
 def _fresh_folder(folder: Path) -> Path:

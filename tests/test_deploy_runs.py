@@ -1,0 +1,142 @@
+"""The commands in deploy/ and the example model, run as they are written, as real processes."""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.test_deploy import BIN, ROOT, compose
+
+BIN_PATH = {**os.environ, "PATH": f"{BIN}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+
+
+def until(condition: Callable[[], bool], limit_s: float, what: str) -> None:
+    end_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end_s, f"{what}: not within {limit_s:.0f} s"
+        time.sleep(0.2)
+
+
+def steps(folder: Path) -> int:
+    """The newest step in a run's metrics."""
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return max((json.loads(line)["progress/steps"] for line in lines if line.endswith("}")), default=0)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+class Processes:
+    """Started in a folder, each in a session of its own; all ended afterwards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.all: list[subprocess.Popen[bytes]] = []
+
+    def start(self, command: list[str], **environment: str) -> "subprocess.Popen[bytes]":
+        log = (self.folder / f"{len(self.all)}.log").open("wb")
+        process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env={**BIN_PATH, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        self.all.append(process)
+        return process
+
+    def end(self) -> None:
+        for process in self.all:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def logs(self) -> str:
+        return "\n".join(f"== {p.name}\n{p.read_text()[-1500:]}" for p in sorted(self.folder.glob("*.log")))
+
+
+@pytest.fixture
+def processes(tmp_path):
+    started = Processes(tmp_path)
+    yield started
+    started.end()
+
+
+@pytest.mark.real
+@pytest.mark.timeout(240)
+def test_the_compose_services_and_the_systemd_unit_train_together(processes):
+    folder, services = processes.folder, compose()["services"]
+    run = folder / "runs" / "quickstart"
+
+    def shell(service: str) -> list[str]:
+        text = services[service]["command"][-1].replace("$$", "$")
+        text = text.replace("/swarm/experiments", str(ROOT / "experiments")).replace("31337", free_port())
+        return ["sh", "-c", text]
+
+    organizer = shell("organizer")
+    organizer[-1] += " --steps 3 --set training.eval_microbatches=1 --set training.target_batch_tokens=1024"
+    organizing = processes.start(organizer)
+    for stage in range(3):
+        processes.start(shell(f"peer{stage}"), STAGE=str(stage))
+    until(lambda: (run / "address").exists(), 60, "the organizer's address")
+    unit = (ROOT / "deploy" / "swarm-peer.service").read_text()
+    command = next(line for line in unit.splitlines() if line.startswith("ExecStart=")).removeprefix(
+        "ExecStart="
+    )
+    command = command.replace("/opt/swarm/.venv/bin", str(BIN)).replace("/var/lib/swarm-peer", str(folder))
+    command = command.replace("${SWARM_JOIN}", (run / "address").read_text().strip())
+    volunteer = processes.start(shlex.split(command))
+    trainer = processes.start(shell("trainer"))
+    try:
+        assert trainer.wait(180) == 0
+    except (subprocess.TimeoutExpired, AssertionError):
+        pytest.fail(processes.logs())
+    assert steps(run) >= 2, processes.logs()
+    volunteer.send_signal(signal.SIGTERM)
+    assert volunteer.wait(15) == 0, processes.logs()
+    organizing.send_signal(signal.SIGINT)
+    organizing.wait(30)
+    assert json.loads((run / "summary.json").read_text())["steps"] >= 3
+
+
+@pytest.mark.real
+@pytest.mark.timeout(200)
+def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes):
+    run = processes.folder / "runs" / "custom-model"
+    organizing = processes.start(
+        ["swarm", "run", str(ROOT / "experiments" / "custom_model.yaml"), "--set", "monitor.wandb=disabled"],
+        PYTHONPATH=str(ROOT),
+    )
+    until(lambda: steps(run) >= 2 or organizing.poll() is not None, 120, "two steps of the example model")
+    assert organizing.poll() is None, processes.logs()
+    address = (run / "address").read_text().strip()
+
+    def members() -> int:
+        return sum(address.encode() in _command_line(pid) for pid in Path("/proc").glob("[0-9]*"))
+
+    assert members() == 5  # four peers and a trainer
+    organizing.send_signal(signal.SIGINT)
+    organizing.wait(20)
+    assert members() == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] >= 2 and (run / "loss.png").exists()
+
+
+def _command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
