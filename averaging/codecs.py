@@ -112,12 +112,13 @@ class _Int8:
         scale = _from_bytes(view[: 4 * blocks], torch.float32)
         if not bool(torch.isfinite(scale).all()):
             raise CodecError("tensor is not finite")
-        codes = torch.empty(blocks * INT8_BLOCK, dtype=torch.int8)
-        codes[:values] = (
+        codes = (
             torch.frombuffer(data, dtype=torch.int8, offset=4 * blocks, count=values)
             if isinstance(data, bytearray)
             else _from_bytes(view[4 * blocks :], torch.int8)
         )
+        if values < blocks * INT8_BLOCK:
+            codes = torch.cat([codes, torch.zeros(blocks * INT8_BLOCK - values, dtype=torch.int8)])
         out = torch.mul(codes.view(blocks, INT8_BLOCK), scale.unsqueeze(1))
         if not bool(torch.isfinite(scale.abs().max() * 128)):
             raise CodecError("tensor is not finite")

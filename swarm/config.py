@@ -146,8 +146,8 @@ class AveragingConfig(_Section):
 
 
 class NetworkConfig(_Section):
-    announce_s: Seconds = Field(2.0, description="period of a peer's record in the DHT")
-    expire_s: Seconds = Field(12.0, description="age at which an unrenewed record is gone")
+    announce_s: Seconds = Field(4.0, description="period of a peer's record in the DHT")
+    expire_s: Seconds = Field(16.0, description="age at which an unrenewed record is gone")
     heartbeat_s: Seconds = Field(0.5, description="period of heartbeats between trainer and peer")
     lease_s: Seconds = Field(8.0, description="silence after which a peer may no longer accumulate")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from swarm.allocator import keep_freed_memory
 from swarm.assignment import choose_stage
 from swarm.compute import ComputeThread
 from swarm.errors import UserError
@@ -32,6 +33,7 @@ class PeerOptions:
 async def serve(options: PeerOptions) -> int:
     """Serve until cancelled. Raises UserError."""
     device = _device(options.device)
+    keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     async with joined(

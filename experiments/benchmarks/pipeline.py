@@ -46,7 +46,7 @@ training:
   optimizer: {{clip_norm: null}}
 pipeline: {{codec: int8, in_flight: 6, hop_deadline_s: 300, keep_graphs: 8}}
 averaging: {{codec: int8}}
-monitor: {{wandb: disabled, period_s: 0.5}}
+monitor: {{wandb: disabled, period_s: 1}}
 local: {{peers_per_stage: 1, trainers: 1, threads: 1}}
 """
 
@@ -79,7 +79,7 @@ def plain_tokens_per_s(config: RunConfig, seconds: float) -> float:
 
 def swarm_tokens_per_s(run_file: Path, seconds: float) -> float:
     """`swarm run` with its local peers and trainer, measured by the metrics it writes."""
-    folder = run_file.parent / "runs"
+    folder = Path(tempfile.mkdtemp(dir=run_file.parent))
     command = [sys.executable, "-m", "trainers.cli", "run", str(run_file), "--folder", str(folder)]
     log = (run_file.parent / "swarm.log").open("wb")
     process = subprocess.Popen(command, stdout=log, stderr=log)
