@@ -129,7 +129,8 @@ class HivemindNetwork:
         try:
             opened = await self._p2p.call_binary_stream_handler(remote, _protocol_name(service))
         except P2PDaemonError:
-            addresses = [Multiaddr(text) for text in self._addresses(peer)]
+            # Without the peer id at its end: the engine encodes that part wrongly for its daemon.
+            addresses = [Multiaddr(text.rsplit("/p2p/", 1)[0]) for text in self._addresses(peer)]
             if not addresses:
                 raise
             await self._p2p._client.connect(remote, addresses)

@@ -127,10 +127,10 @@ def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes
     def members() -> int:
         return sum(address.encode() in _command_line(pid) for pid in Path("/proc").glob("[0-9]*"))
 
-    assert members() == 5  # four peers and a trainer
+    assert members() >= 5  # four peers and a trainer, and their daemons
     organizing.send_signal(signal.SIGINT)
     organizing.wait(20)
-    assert members() == 0
+    until(lambda: members() == 0, 10, "every process of the run has ended")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] >= 2 and (run / "loss.png").exists()
 
