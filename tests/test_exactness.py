@@ -173,8 +173,7 @@ def test_strict_run_equals_plain_training_although_peers_die_while_they_average(
             swarm.kill(victim)
             killed.append(f"{victim.name} in step {trainer.pipeline.ledger.version}")
             await victim.process.wait()
-            mate = await swarm.start_peer(victim.stage)
-            await swarm.until(lambda: mate.serving, 60, "a replacement serves")  # noqa: B023
+            await swarm.start_peer(victim.stage)
 
     swarm, ours = uvloop.run(whole_run(config, tmp_path, kill_in_rounds))
     plain = train_plain(config, endless_text(config), STEPS)
