@@ -22,6 +22,7 @@ class Hop:
     peer: PeerId | None = None
     phase: Phase = Phase.ASSIGNED
     placed: int = 0  # the attempt with which `peer` was chosen
+    supplies: bool = False  # `peer` was chosen after the hop was done
     has_input: bool = False
     due_s: float | None = None  # since when it is this hop's turn
     cancelling: bool = False
@@ -32,8 +33,8 @@ class Hop:
 
     @property
     def only_supplies(self) -> bool:
-        """Is it done, by another peer than the one that serves its neighbours now?"""
-        return self.phase >= Phase.ACCUMULATED and self.accumulated_by != self.peer
+        """Is it done, and `peer` here for its neighbours' sake?"""
+        return self.phase >= Phase.ACCUMULATED and (self.supplies or self.accumulated_by != self.peer)
 
 
 @dataclass(slots=True)

@@ -485,6 +485,7 @@ class Ledger:
             )
             supplied = stage > 0 and flight.hops[stage - 1].phase >= Phase.FORWARDED
             hop.peer, hop.has_input, hop.cancelling = peer, False, False
+            hop.supplies = hop.phase >= Phase.ACCUMULATED
             hop.due_s = now_s if supplied else None
             flight.touched.add(peer)
         flight.unplaced, flight.doubted, flight.routed = set(), set(), True
