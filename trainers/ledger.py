@@ -51,6 +51,7 @@ from trainers.flight import Flight, Hop, Phase
 
 MAX_REJECTIONS = 6  # of one microbatch: then its data is at fault, not a peer
 RETRY_S = 0.1
+MANY_ATTEMPTS = 8
 MOST_ASKED = 128  # microbatches in one cancel
 
 
@@ -462,6 +463,8 @@ class Ledger:
         ):
             return self._place(flight, now_s, suppliers={stage})
         flight.hops[stage] = Hop()
+        if flight.attempt % MANY_ATTEMPTS == MANY_ATTEMPTS - 1:  # does it wait for somebody in vain?
+            flight.doubted |= {s for s, near in enumerate(flight.hops) if near.only_supplies}
         self.counters["rerouted_hops"] += flight.routed and not flight.evaluate
         flight.unplaced.add(stage)
         return self._place(flight, now_s)
