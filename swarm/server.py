@@ -290,17 +290,14 @@ class HopServer:
         return (
             self.orphans.isdisjoint(accumulator.microbatches)
             and not self._stage.history.touches(accumulator.microbatches)
-            and all(
-                hop is None or self.watchers.may_accumulate(hop.route.trainer, hop.route.session)
-                for hop in hops
-            )
+            and all(hop is None or self._may_accumulate(hop) for hop in hops)
         )
 
     def told_history(self) -> list[pb.Stepped]:
         """What a trainer that begins to watch is told: all that this state's last steps contain."""
         steps = sorted(self._stage.history.steps.items())
         told = [
-            pb.Stepped(version=step + 1, steps=[pb.StepContents(step=step, microbatches=sorted(inside))])
+            pb.Stepped(version=step + 1, microbatches=sorted(inside))
             for step, inside in steps
             if step < self.announced_version
         ] or [pb.Stepped(version=self.announced_version)]

@@ -191,25 +191,17 @@ class Heartbeat(_message.Message):
     version: int
     def __init__(self, sent_at_s: _Optional[float] = ..., queue: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
-class StepContents(_message.Message):
-    __slots__ = ("step", "microbatches")
-    STEP_FIELD_NUMBER: _ClassVar[int]
-    MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
-    step: int
-    microbatches: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, step: _Optional[int] = ..., microbatches: _Optional[_Iterable[bytes]] = ...) -> None: ...
-
 class Stepped(_message.Message):
-    __slots__ = ("version", "steps", "whole", "fresh")
+    __slots__ = ("version", "microbatches", "whole", "fresh")
     VERSION_FIELD_NUMBER: _ClassVar[int]
-    STEPS_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
     WHOLE_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
     version: int
-    steps: _containers.RepeatedCompositeFieldContainer[StepContents]
+    microbatches: _containers.RepeatedScalarFieldContainer[bytes]
     whole: bool
     fresh: bool
-    def __init__(self, version: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepContents, _Mapping]]] = ..., whole: _Optional[bool] = ..., fresh: _Optional[bool] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., microbatches: _Optional[_Iterable[bytes]] = ..., whole: _Optional[bool] = ..., fresh: _Optional[bool] = ...) -> None: ...
 
 class WatchFrame(_message.Message):
     __slots__ = ("heartbeat", "event", "stepped")

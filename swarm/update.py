@@ -290,8 +290,7 @@ class Updater:
     ) -> None:
         version, members = self._stage.version, tuple(m.peer for m in plan.members)
         self.coordinator.step_closed(version)
-        contents = pb.StepContents(step=plan.step, microbatches=microbatches)
-        self._say_steps([pb.Stepped(version=version, steps=[contents])])
+        self._say_steps([pb.Stepped(version=version, microbatches=microbatches)])
         self._server.announced_version = version
         self._server.forget_released(microbatches)
         self._server.resume_held()

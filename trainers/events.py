@@ -74,12 +74,12 @@ class CancelAnswered:
 
 @dataclass(frozen=True, slots=True)
 class SteppedEvent:
-    """A peer's stage state is at `version`; `microbatches` are in its newest step (None: no news)."""
+    """A peer's stage state is at `version`; `microbatches` are in its newest step."""
 
     stage: int
     peer: PeerId
     version: int
-    microbatches: frozenset[bytes] | None = None
+    microbatches: frozenset[bytes] = frozenset()
     whole: bool = False  # what the peer said before does not hold any more: it has another state
 
 

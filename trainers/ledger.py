@@ -203,7 +203,7 @@ class Ledger:
                 asked.append((flight.id, flight.attempt))
             elif hop.accumulated_by == peer and hop.phase is Phase.ACCUMULATED:
                 asked.append((flight.id, flight.attempt))
-        return [Cancel(peer, tuple(asked[i : i + MOST_ASKED])) for i in range(0, len(asked), MOST_ASKED)]
+        return _cancels(peer, asked)
 
     # what peers say of a hop
 
@@ -634,8 +634,7 @@ class Ledger:
                 for flight in flights:  # in the prototype a timeout teaches the wiring nothing
                     self._wirings[served].observe(peer, flight.token_count, 2 * self._hop_deadline_s)
                     flight.avoid.add(peer)
-            ids = [(flight.id, flight.attempt) for flight in flights]
-            commands += [Cancel(peer, tuple(ids[i : i + MOST_ASKED])) for i in range(0, len(ids), MOST_ASKED)]
+            commands += _cancels(peer, [(flight.id, flight.attempt) for flight in flights])
         return commands
 
     def _is_late(self, flight: Flight, stage: int, now_s: float) -> bool:
@@ -667,6 +666,11 @@ class Ledger:
                 del self._recovering[peer]
                 done.append(Recovered(peer, noticed_s, now_s, hops))
         return done
+
+
+def _cancels(peer: PeerId, ids: Sequence[tuple[bytes, int]]) -> list[Command]:
+    """Withdraw these (microbatch, attempt) from `peer`, in messages of bounded size."""
+    return [Cancel(peer, tuple(ids[i : i + MOST_ASKED])) for i in range(0, len(ids), MOST_ASKED)]
 
 
 def batched_releases(commands: Iterable[Command]) -> list[Command]:

@@ -222,8 +222,12 @@ class Pipeline:
                     if again and first and message.stepped.fresh:  # it has let go of all that was ours
                         again = False
                         self.feed(ev.PeerGone(peer, silent=True))
-                    for told in _stepped_events(stage, peer, message.stepped):
-                        self.feed(told)
+                    told = message.stepped
+                    self.feed(
+                        ev.SteppedEvent(
+                            stage, peer, told.version, frozenset(told.microbatches), whole=told.whole
+                        )
+                    )
 
     # commands
 
@@ -334,22 +338,6 @@ async def _say_goodbye(stream: Stream) -> None:
             await stream.finish()
     except (LinkError, TimeoutError):
         stream.abort()
-
-
-def _stepped_events(stage: int, peer: PeerId, stepped: pb.Stepped) -> list[ev.SteppedEvent]:
-    whole = stepped.whole
-    if not stepped.steps:
-        return [ev.SteppedEvent(stage, peer, stepped.version, whole=whole)]
-    return [
-        ev.SteppedEvent(
-            stage,
-            peer,
-            contents.step + 1,
-            frozenset(contents.microbatches),
-            whole=whole and number == 0,
-        )
-        for number, contents in enumerate(stepped.steps)
-    ]
 
 
 def _hop_event(peer: PeerId, event: pb.Event) -> ev.HopEvent:
