@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections import Counter
+from typing import TypeVar
 
 from averaging import virtual_time
 from averaging.memory_network import Link
@@ -18,6 +19,7 @@ from trainers import events as ev
 from trainers.ledger import Ledger
 
 MICROBATCHES = 40
+S = TypeVar("S", bound="Schedule")
 
 
 def profile(seed: int) -> list[str]:
@@ -33,9 +35,12 @@ def profile(seed: int) -> list[str]:
 class Schedule:
     """One run: faults by the seed until every microbatch is settled, then the invariants."""
 
+    command = "python -m tests.schedules"
+
     def __init__(self, seed: int) -> None:
         self.seed, self.rng = seed, random.Random(seed)
         self.log: list[str] = []
+        self.faults = Counter[str]()  # dealt so far
         self.reached = [0, 0, 0]  # the version that all peers of a stage had, as the trainer knew them
 
     def spy(self, ledger: Ledger) -> None:
@@ -64,7 +69,7 @@ class Schedule:
         sim = self.sim = Sim(tiny_run(*profile(self.seed)), self.seed)
         sim.hub.link = self.link
         sim.hub.fate = self.fate
-        self.faults, self.trouble = Counter[str](), self.rng.choice([0.0, 0.01, 0.03])
+        self.trouble = self.rng.choice([0.0, 0.01, 0.03])
         for stage in range(3):
             for _ in range(self.rng.choice([2, 2, 3])):
                 await sim.start_peer(stage)
@@ -211,19 +216,21 @@ def brief(thing: object, traced: bytes) -> str:
     return re.sub(r", (step|attempt|status)=0\b|, (target|reason)=''|, \w+=False|frozenset", "", text)
 
 
-def run(seed: int) -> Schedule:
-    schedule = Schedule(seed)
+def run(seed: int, kind: type[S]) -> S:
+    """One schedule. Raises AssertionError with its event log."""
+    schedule = kind(seed)
     try:
         virtual_time.run(schedule.run())
     except BaseException as error:
         lines = "\n".join(schedule.log[-(100000 if "-t" in sys.argv else 40) :])
         raise AssertionError(
-            f"schedule {seed} failed: {error!r}; replay it with `python -m tests.schedules {seed}`\n{lines}"
+            f"schedule {seed} failed: {error!r}; replay it with `{kind.command} {seed}`\n{lines}"
         ) from error
     return schedule
 
 
-def main() -> None:
+def main(kind: type[Schedule] = Schedule) -> None:
+    """Run the schedules that the command line names; exit 1 if one of them fails."""
     first, count = int(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] and sys.argv[2].isdigit() else 1
     if count == 1:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -231,7 +238,7 @@ def main() -> None:
     failed, began_s, faults = [], time.time(), Counter[str]()
     for seed in range(first, first + count):
         try:
-            schedule = run(seed)
+            schedule = run(seed, kind)
             faults += schedule.faults
             if count == 1:
                 print("\n".join(schedule.log))

@@ -7,15 +7,13 @@ with plain single-process training.
 import asyncio
 import itertools
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable
 
-from averaging import virtual_time
 from averaging.memory_network import Link
 from swarm.mailbox import Phase
 from tests.plain import train_plain, worst_difference
-from tests.schedules import Schedule
+from tests.schedules import Schedule, main
 from tests.sim import Sim, SimPeer, tiny_run
 
 STEPS, MICROBATCHES = 6, 8  # per step
@@ -54,10 +52,11 @@ MOMENTS: dict[str, Callable[[SimPeer], bool]] = {
 class StrictSchedule(Schedule):
     """One strict run: peers are killed at chosen moments of its steps, fresh ones take their place."""
 
+    command = "python -m tests.strict_schedules"
+
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
         self.rng = random.Random(f"strict {seed}")
-        self.moments = Counter[str]()
 
     async def run(self) -> None:
         sim = self.sim = Sim(tiny_run(*STRICT), self.seed, compute_s=0.05)
@@ -94,7 +93,7 @@ class StrictSchedule(Schedule):
         for _ in range(self.rng.randint(2, 5)):
             moment = self.rng.choice(sorted(MOMENTS))
             victim = await self.candidate(MOMENTS[moment])
-            self.moments[moment] += 1
+            self.faults[moment] += 1
             self.note(f"kill {victim.id} {moment}")
             self.sim.kill(victim.id)
             await asyncio.sleep(self.rng.uniform(0, 0.5))
@@ -126,34 +125,5 @@ def ready(peer: SimPeer) -> bool:
     return hasattr(peer.peer, "updater") and bool(peer.peer.updater.state_hash)
 
 
-def run(seed: int) -> StrictSchedule:
-    schedule = StrictSchedule(seed)
-    try:
-        virtual_time.run(schedule.run())
-    except BaseException as error:
-        lines = "\n".join(schedule.log)
-        raise AssertionError(
-            f"strict schedule {seed} failed: {error!r}; replay it with "
-            f"`python -m tests.strict_schedules {seed}`\n{lines}"
-        ) from error
-    return schedule
-
-
-def main() -> None:
-    first, count = int(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] and sys.argv[2].isdigit() else 1
-    failed, moments = [], Counter[str]()
-    for seed in range(first, first + count):
-        try:
-            schedule = run(seed)
-            moments += schedule.moments
-            if count == 1:
-                print("\n".join(schedule.log))
-        except AssertionError as error:
-            failed.append(seed)
-            print(error)
-    print(f"{count - len(failed)} of {count} strict schedules hold, {dict(moments)}, failed: {failed}")
-    sys.exit(bool(failed))
-
-
 if __name__ == "__main__":
-    main()
+    main(StrictSchedule)

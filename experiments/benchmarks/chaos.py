@@ -9,33 +9,19 @@ at the same number of tokens (linear between evaluations).
 
 import argparse
 import itertools
-import json
 import statistics
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks.quickstart import run_quickstart
 from experiments.benchmarks.report import report
 
-RUN_FILE = Path(__file__).parent.parent / "quickstart.yaml"
 GOAL_NATS = 2.5
 
 
 def run(seed: int, *more: str) -> dict[str, Any]:
     """One quickstart to its end; its summary."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, "-m", "trainers.cli", "run", str(RUN_FILE), "--folder", folder,
-            "--set", f"training.seed={seed}", "--set", "monitor.wandb=disabled", *more,
-        ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        path = Path(folder) / "quickstart" / "summary.json"
-        if result.returncode or not path.exists():
-            raise SystemExit(f"the run failed:\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}")
-        summary: dict[str, Any] = json.loads(path.read_text())
-        return summary
+    return run_quickstart("--set", f"training.seed={seed}", *more)
 
 
 def loss_at(evaluations: list[dict[str, float]], tokens: float) -> float:

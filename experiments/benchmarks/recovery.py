@@ -9,34 +9,23 @@ counted apart.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from typing import Any
 
+from experiments.benchmarks.quickstart import run_quickstart
 from experiments.benchmarks.report import report
 
 INTERVAL_S = 6.0
-RUN_FILE = Path(__file__).parent.parent / "quickstart.yaml"
 
 
-def recoveries(kills: int) -> tuple[list[float], dict[str, object]]:
+def recoveries(kills: int) -> tuple[list[float], dict[str, Any]]:
     """Seconds per recovered death, and the run's summary."""
-    with tempfile.TemporaryDirectory() as folder:
-        minutes = (kills * 1.35 * INTERVAL_S + 15) / 60
-        command = [
-            sys.executable, "-m", "trainers.cli", "run", str(RUN_FILE), "--folder", folder,
-            "--chaos", str(INTERVAL_S), "--minutes", f"{minutes:.2f}",
-            "--set", "training.steps=100000", "--set", "monitor.wandb=disabled",
-        ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        path = Path(folder) / "quickstart" / "summary.json"
-        if result.returncode or not path.exists():
-            raise SystemExit(f"the run failed:\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}")
-        summary = json.loads(path.read_text())
-        return summary["recovery_s"]["all"], summary
+    minutes = (kills * 1.35 * INTERVAL_S + 15) / 60
+    summary = run_quickstart(
+        "--chaos", str(INTERVAL_S), "--minutes", f"{minutes:.2f}", "--set", "training.steps=100000"
+    )
+    return summary["recovery_s"]["all"], summary
 
 
 def main() -> None:
@@ -56,7 +45,7 @@ def main() -> None:
             "p90 s": times[int(0.9 * (len(times) - 1))],
             "max s": times[-1],
             "tokens/s": summary["tokens_per_s"],
-            "rerouted hops": summary["microbatches"]["rerouted_hops"],  # type: ignore[index]
+            "rerouted hops": summary["microbatches"]["rerouted_hops"],
         }
     ]
     ratios = {"p50_s": statistics.median(times), "max_s": times[-1]}
