@@ -57,7 +57,9 @@ class HivemindDirectory:
     def __init__(self, node: DHTNode, validator: RSASignatureValidator, expire_s: float) -> None:
         self._node, self._owner_tag, self._expire_s = node, validator.local_public_key, expire_s
         self.run = ""  # set once the manifest is known; part of every key
-        self._own: set[tuple[int, PeerId]] = set()
+        self._stages = 0  # known with the manifest, too
+        self._addresses: dict[int, dict[PeerId, tuple[str, ...]]] = {}  # by stage, as last read
+        self._looking = asyncio.Lock()
 
     @classmethod
     async def join(
@@ -100,6 +102,7 @@ class HivemindDirectory:
         manifest = parse_manifest(value, organizer=owner)
         self.run = manifest.run
         self._expire_s = manifest.config.network.expire_s
+        self._stages = manifest.config.model.stages
         return manifest
 
     async def announce(self, record: PeerRecord) -> None:
@@ -118,7 +121,20 @@ class HivemindDirectory:
                 records.append(parse_record(value, owner=owner))
             except RejectedError as error:
                 log.warning("ignored a record %s", error)
-        return [record for record in records if record.stage == stage]
+        records = [record for record in records if record.stage == stage]
+        self._addresses[stage] = {record.peer: record.addresses for record in records}
+        return records
+
+    async def addresses(self, peer: PeerId) -> tuple[str, ...]:
+        """Where a peer of any stage may be dialled, by its record; empty without one. Raises LinkError."""
+        if not self._known_addresses(peer):
+            async with self._looking:
+                if not self._known_addresses(peer):
+                    await asyncio.gather(*(self.roster(stage) for stage in range(self._stages)))
+        return self._known_addresses(peer)
+
+    def _known_addresses(self, peer: PeerId) -> tuple[str, ...]:
+        return next((known[peer] for known in self._addresses.values() if peer in known), ())
 
     def _key(self, stage: int) -> str:
         return f"swarm/{self.run}/stage/{stage}"

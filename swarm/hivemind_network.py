@@ -11,9 +11,10 @@ we are killed: it exits when its control connection closes.
 
 import asyncio
 import os
+import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,11 +35,14 @@ GREETING = struct.Struct("<4sH")
 MAGIC = b"SWRM"
 DAEMON_START_S = 90.0  # the engine's own 15 s is too short on loaded machines
 DIAL_S = 10.0
-REFUSED_S = 1.0  # a dial that fails sooner was answered: the machine is there, the process is not
+PROBE_S = 1.0
 PROGRESS_S = 5.0
 STREAMS_EACH = 256  # that one peer may have open here
 
-Addresses = Callable[[PeerId], Sequence[str]]
+_TCP = re.compile(r"/ip[46]/([^/]+)/tcp/(\d+)")
+_LOOPBACK = ("127.0.0.1", "::1")
+_UNANSWERED = (P2PDaemonError, OSError, EOFError)
+Addresses = Callable[[PeerId], Awaitable[Sequence[str]]]
 
 
 async def start_daemon(
@@ -102,7 +106,7 @@ class HivemindNetwork:
         self.peer_id: PeerId = p2p.peer_id.to_base58()
         self._p2p, self._progress_s = p2p, progress_s
         self._loopback = MemoryHub().network(self.peer_id)  # the daemon cannot dial itself
-        self._addresses: Addresses = lambda peer: ()
+        self._addresses: Addresses = _no_addresses
         self._served: Counter[PeerId] = Counter()  # streams that each peer has open here
 
     def use_addresses(self, addresses: Addresses) -> None:
@@ -112,39 +116,52 @@ class HivemindNetwork:
     async def open(self, peer: PeerId, service: str, *, max_payload_bytes: int = 0) -> Stream:
         if peer == self.peer_id:
             return await self._loopback.open(peer, service, max_payload_bytes=max_payload_bytes)
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
         try:
             async with asyncio.timeout(DIAL_S):
                 return await self._dial(peer, service, max_payload_bytes)
         except TimeoutError:
             raise LinkError(peer, f"{service!r} did not answer within {DIAL_S:.0f} s") from None
-        except (P2PDaemonError, OSError, EOFError, ValueError) as error:
-            refused = loop.time() - began_s < REFUSED_S
-            what = str(error).partition(chr(10))[0]
-            raise LinkError(peer, f"cannot open {service!r}: {what}", refused=refused) from None
+        except (*_UNANSWERED, ValueError) as error:
+            raise LinkError(peer, f"cannot open {service!r}: {_first_line(error)}") from None
 
     async def _dial(self, peer: PeerId, service: str, max_payload_bytes: int) -> Stream:
-        remote = PeerID.from_base58(peer)
         try:
-            opened = await self._p2p.call_binary_stream_handler(remote, _protocol_name(service))
-        except P2PDaemonError:
-            # Without the peer id at its end: the engine encodes that part wrongly for its daemon.
-            addresses = [Multiaddr(text.rsplit("/p2p/", 1)[0]) for text in self._addresses(peer)]
-            if not addresses:
-                raise
-            await self._p2p._client.connect(remote, addresses)
-            opened = await self._p2p.call_binary_stream_handler(remote, _protocol_name(service))
-        _, reader, writer = opened
+            opened = await self._greeted(peer, service)
+        except _UNANSWERED:
+            await self._connect(peer)
+            try:
+                opened = await self._greeted(peer, service)
+            except _UNANSWERED as error:  # its daemon is there, and nobody behind it
+                raise LinkError(peer, f"serves no {service!r}: {_first_line(error)}", refused=True) from None
+        reader, writer = opened
+        return self._framed(peer, reader, writer, max_payload_bytes)
+
+    async def _greeted(self, peer: PeerId, service: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open a stream and read who answers. Raises one of `_UNANSWERED`, or VersionMismatchError."""
+        _, reader, writer = await self._p2p.call_binary_stream_handler(
+            PeerID.from_base58(peer), _protocol_name(service)
+        )
         try:
             magic, version = GREETING.unpack(await reader.readexactly(GREETING.size))
+            if magic != MAGIC or version != PROTOCOL_VERSION:
+                raise VersionMismatchError(peer, version if magic == MAGIC else None)
         except BaseException:
             writer.transport.abort()
             raise
-        if magic != MAGIC or version != PROTOCOL_VERSION:
-            writer.transport.abort()
-            raise VersionMismatchError(peer, version if magic == MAGIC else None)
-        return self._framed(peer, reader, writer, max_payload_bytes)
+        return reader, writer
+
+    async def _connect(self, peer: PeerId) -> None:
+        """Connect the daemons at the addresses that `peer` has announced. Raises LinkError."""
+        # Without the peer id at their end: the engine encodes that part wrongly for its daemon.
+        addresses = [text.rsplit("/p2p/", 1)[0] for text in await self._addresses(peer)]
+        if not addresses:
+            raise LinkError(peer, "is not found, and has announced no address")
+        try:
+            known = [Multiaddr(text) for text in addresses]
+            await self._p2p._client.connect(PeerID.from_base58(peer), known)
+        except P2PDaemonError as error:
+            refused = await _nobody_listens(addresses)
+            raise LinkError(peer, f"cannot connect: {_first_line(error)}", refused=refused) from None
 
     async def serve(self, service: str, handler: Handler, *, max_payload_bytes: int = 0) -> None:
         await self._loopback.serve(service, handler, max_payload_bytes=max_payload_bytes)
@@ -153,8 +170,8 @@ class HivemindNetwork:
             cast(asyncio.Transport, writer.transport).pause_reading()
             remote = info.peer_id.to_base58()
             if self._served[remote] >= STREAMS_EACH:
-                writer.transport.abort()
-                return
+                writer.transport.write(GREETING.pack(MAGIC, PROTOCOL_VERSION))  # busy, not gone
+                return writer.transport.close()
             self._served[remote] += 1
             stream = self._framed(remote, reader, writer, max_payload_bytes)
             writer.transport.write(GREETING.pack(MAGIC, PROTOCOL_VERSION))
@@ -184,6 +201,37 @@ class HivemindNetwork:
         child = self._p2p._child
         assert child is not None, "the daemon is always this process's own child"
         await child.wait()
+
+
+async def _no_addresses(peer: PeerId) -> Sequence[str]:
+    return ()
+
+
+async def _nobody_listens(addresses: Sequence[str]) -> bool:
+    """Do the machines at all these addresses answer that no process is there?
+
+    Only that is proof of an end: a machine that cannot be reached from here may be alive.
+    """
+    targets = [match.groups() for text in addresses if (match := _TCP.fullmatch(text))]
+    away = [target for target in targets if target[0] not in _LOOPBACK] or targets
+    answers = await asyncio.gather(*(_is_refused(host, int(port)) for host, port in away))
+    return bool(away) and len(targets) == len(addresses) and all(answers)
+
+
+async def _is_refused(host: str, port: int) -> bool:
+    try:
+        async with asyncio.timeout(PROBE_S):
+            _, writer = await asyncio.open_connection(host, port)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _protocol_name(service: str) -> str:

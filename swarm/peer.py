@@ -136,11 +136,6 @@ class Peer:
         self.updater.coordinator.close()
         self._compute.close()
 
-    def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
-        """Where a stage mate may be dialled, by its own record."""
-        record = self._roster.get(peer)
-        return () if record is None else record.addresses
-
     def metrics(self) -> Mapping[str, Any]:
         """Cumulative counters and the present state, by metric name."""
         counters = self.server.counters + self.updater.counters

@@ -58,7 +58,6 @@ async def serve(options: PeerOptions) -> int:
             addresses=here.addresses,
         )
         log.info("run %s (%s), stage %d on %s", config.name, manifest.run, stage, device)
-        here.network.use_addresses(peer.addresses_of)
         await peer.join()
         sender = MetricsSender(here.network, manifest.organizer, kind="peer", values=peer.metrics)
         try:

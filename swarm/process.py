@@ -46,6 +46,7 @@ async def joined(
         p2p = await start_daemon(join=join, listen=listen, port=port, identity=path)
         network = HivemindNetwork(p2p)
         directory = await HivemindDirectory.join(p2p, key, join)
+        network.use_addresses(directory.addresses)
         yield Joined(network, directory, tuple(await network.addresses()))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(3):

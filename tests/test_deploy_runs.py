@@ -104,7 +104,7 @@ def test_the_compose_services_and_the_systemd_unit_train_together(processes):
         assert trainer.wait(180) == 0
     except (subprocess.TimeoutExpired, AssertionError):
         pytest.fail(processes.logs())
-    assert steps(run) >= 2, processes.logs()
+    until(lambda: steps(run) >= 2, 10, "the monitor writes the last steps")
     volunteer.send_signal(signal.SIGTERM)
     assert volunteer.wait(15) == 0, processes.logs()
     organizing.send_signal(signal.SIGINT)

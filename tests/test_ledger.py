@@ -199,3 +199,19 @@ def test_a_microbatch_that_is_refused_everywhere_is_given_up():
             break
         say(ledger, flight.hops[0].peer, pb.DROPPED, reason="not finite")
     assert ledger.in_flight == 0 and ledger.counters["lost"] == 1
+
+
+def test_a_supplier_that_supplies_nothing_is_replaced_however_often_its_neighbour_is():
+    ledger = make_ledger(retain_until_step=True)
+    route = issue(ledger)
+    carry(ledger, route, down_to=1)
+    ledger.handle(
+        PeerGone(route.peers[1]), 2.0
+    )  # its gradient never reached stage 0: another one computes it
+    supplier = ledger._flights[M].hops[1].peer
+    ledger.handle(PeerReady(1, "1c", 0), 3.0)
+    say(ledger, route.peers[0], pb.DROPPED, now_s=8.0, reason="not finite")  # stage 0 begins anew
+    assert ledger.handle(Tick(), 11.9) == []
+    commands = ledger.handle(Tick(), 12.1)
+    assert ledger._flights[M].hops[1].peer == "1c" != supplier
+    assert [type(c) for c in commands] == [Resend, Resend]  # from stages 0 and 2, what it computes from

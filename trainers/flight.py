@@ -22,6 +22,7 @@ class Hop:
     peer: PeerId | None = None
     phase: Phase = Phase.ASSIGNED
     placed: int = 0  # the attempt with which `peer` was chosen
+    chosen_s: float = 0.0  # when that was
     supplies: bool = False  # `peer` was chosen after the hop was done
     has_input: bool = False
     due_s: float | None = None  # since when it is this hop's turn
@@ -54,7 +55,6 @@ class Flight:
     counted: bool = False  # completed at least once
     rejections: int = 0
     avoid: set[PeerId] = field(default_factory=set)
-    doubted: set[int] = field(default_factory=set)  # stages done whose peer does not supply its neighbours
     not_before_s: float = 0.0  # no new route sooner
     retries: list[tuple[float, int, bool]] = field(default_factory=list)  # (when, to which stage, backward)
     touched: set[PeerId] = field(default_factory=set)  # peers that may hold something of it
@@ -64,6 +64,11 @@ class Flight:
         peer = self.hops[stage].peer
         assert peer is not None, "a placed flight has a peer at every stage"
         return peer
+
+    def is_awaited(self, stage: int) -> bool:
+        """Does a neighbour still lack what the peer of `stage` sends?"""
+        forward = stage + 1 < len(self.hops) and not self.hops[stage + 1].has_input
+        return forward or (stage > 0 and self.hops[stage - 1].phase < Phase.ACCUMULATED)
 
     def route(self, trainer: PeerId, session: bytes) -> Route:
         """Where it goes now, and what is still to be done on the way."""

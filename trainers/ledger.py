@@ -51,7 +51,6 @@ from trainers.flight import Flight, Hop, Phase
 
 MAX_REJECTIONS = 6  # of one microbatch: then its data is at fault, not a peer
 RETRY_S = 0.1
-MANY_ATTEMPTS = 8
 MOST_ASKED = 128  # microbatches in one cancel
 
 
@@ -359,6 +358,7 @@ class Ledger:
             return self._again(flight, stage, event.peer, event.reason, now_s)
         if event.status == pb.LINK:
             self._wirings[next_stage].ban_link(event.peer, event.target, now_s)
+            self._avoid(flight, event.target, now_s)
             target.cancelling = True
             return [Cancel(event.target, ((flight.id, flight.attempt),))]
         return self._refused(flight, next_stage, now_s)  # STALE: it does not hold it
@@ -393,10 +393,15 @@ class Ledger:
         """The peer of `stage` does not know us or has withdrawn this attempt: make a new one."""
         peer = flight.hops[stage].peer
         assert peer is not None
-        if peer in flight.avoid:  # and nobody else was there
+        self._avoid(flight, peer, now_s)
+        return self._reroute(flight, stage, now_s)
+
+    @staticmethod
+    def _avoid(flight: Flight, peer: PeerId, now_s: float) -> None:
+        """Take somebody else next time; if nobody else was there this time, not before a pause."""
+        if peer in flight.avoid:
             flight.not_before_s = now_s + RETRY_S
         flight.avoid.add(peer)
-        return self._reroute(flight, stage, now_s)
 
     def _answered(self, event: Answered, now_s: float) -> list[Command]:
         flight = self._flights.get(event.microbatch)
@@ -422,6 +427,7 @@ class Ledger:
         if event.status == pb.BUSY:
             return self._busy(flight, 0, False, now_s)
         if event.status == pb.LINK:
+            self._avoid(flight, event.peer, now_s)
             hop.cancelling = True
             return [Cancel(event.peer, ((flight.id, flight.attempt),))]
         if event.status == pb.REJECTED:
@@ -463,8 +469,6 @@ class Ledger:
         ):
             return self._place(flight, now_s, suppliers={stage})
         flight.hops[stage] = Hop()
-        if flight.attempt % MANY_ATTEMPTS == MANY_ATTEMPTS - 1:  # does it wait for somebody in vain?
-            flight.doubted |= {s for s, near in enumerate(flight.hops) if near.only_supplies}
         self.counters["rerouted_hops"] += flight.routed and not flight.evaluate
         flight.unplaced.add(stage)
         return self._place(flight, now_s)
@@ -476,7 +480,7 @@ class Ledger:
 
         `suppliers` are stages that are done but whose tensors a neighbour needs again.
         """
-        placing = self._with_suppliers(flight, flight.unplaced | suppliers | flight.doubted)
+        placing = self._with_suppliers(flight, flight.unplaced | suppliers)
         if now_s < flight.not_before_s or any(not len(self._wirings[stage]) for stage in placing):
             return []
         first = not flight.routed
@@ -487,11 +491,11 @@ class Ledger:
                 flight.token_count, now_s=now_s, source=source, avoid=flight.avoid
             )
             supplied = stage > 0 and flight.hops[stage - 1].phase >= Phase.FORWARDED
-            hop.peer, hop.has_input, hop.cancelling = peer, False, False
+            hop.peer, hop.chosen_s, hop.has_input, hop.cancelling = peer, now_s, False, False
             hop.supplies = hop.phase >= Phase.ACCUMULATED
             hop.due_s = now_s if supplied else None
             flight.touched.add(peer)
-        flight.unplaced, flight.doubted, flight.routed = set(), set(), True
+        flight.unplaced, flight.routed = set(), True
         flight.attempt += not first
         for stage in placing:
             flight.hops[stage].placed = flight.attempt
@@ -618,15 +622,13 @@ class Ledger:
             if flight.unplaced:
                 commands += self._place(flight, now_s)
             commands += self._retry(flight, now_s)
+            commands += self._replace_suppliers(flight, now_s)
             for stage, hop in enumerate(flight.hops):
                 if hop.awaits_verdict:
                     commands += self._judge(flight, stage, now_s)
                 elif self._is_late(flight, stage, now_s) and hop.peer is not None:
                     hop.cancelling = True
                     slow[hop.peer].append(flight)
-                    for near in (stage - 1, stage + 1):
-                        if 0 <= near < len(flight.hops) and flight.hops[near].only_supplies:
-                            flight.doubted.add(near)
         for peer, flights in sorted(slow.items()):
             self.counters["deadline"] += len(flights)
             served = self._stage_of.get(peer)
@@ -644,6 +646,16 @@ class Ledger:
             return False
         waits = hop.phase is Phase.FORWARDED and not self._has_gradient(flight, stage)
         return not waits and now_s - hop.due_s > self._hop_deadline_s
+
+    def _replace_suppliers(self, flight: Flight, now_s: float) -> list[Command]:
+        """Have others supply what a neighbour has been waiting for longer than the deadline."""
+        overdue = {
+            stage
+            for stage, hop in enumerate(flight.hops)
+            if hop.only_supplies and now_s - hop.chosen_s > self._hop_deadline_s and flight.is_awaited(stage)
+        }
+        flight.avoid |= {flight.peer(stage) for stage in overdue}
+        return self._place(flight, now_s, suppliers=overdue) if overdue else []
 
     @staticmethod
     def _has_gradient(flight: Flight, stage: int) -> bool:

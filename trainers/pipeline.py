@@ -39,6 +39,7 @@ from trainers.throttle import Throttle
 TICK_S = 0.05
 RETRY_S = 0.5
 GOODBYE_S = 1.0
+TOLD_AGAIN_S, MOST_TOLD = 30.0, 256  # of a link that fails, on the log
 log = logging.getLogger(__name__)
 
 
@@ -76,8 +77,8 @@ class Pipeline:
         self.throttle = Throttle(most=config.pipeline.in_flight, stages=config.model.stages)
         self._calls = Calls(network, SERVICE, deadline_s=config.averaging.progress_deadline_s)
         self._watched: dict[PeerId, asyncio.Task[None]] = {}  # one stream per peer
-        self._addresses: dict[PeerId, tuple[str, ...]] = {}
         self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat was answered
+        self._told_s: dict[tuple[PeerId, PeerId], float] = {}  # when to say again that a link fails
         self._tasks: set[asyncio.Task[None]] = set()
         self.changed = asyncio.Event()  # something completed, settled, or stepped
 
@@ -109,10 +110,6 @@ class Pipeline:
         """Stages that have at least one peer."""
         return sum(len(wiring) > 0 for wiring in self._wirings)
 
-    def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
-        """Where a peer may be dialled, by its own record."""
-        return self._addresses.get(peer, ())
-
     def feed(self, event: ev.LedgerEvent) -> None:
         """Give the ledger an event and do what it says."""
         self._execute(self.ledger.handle(event, self._clock()))
@@ -129,7 +126,6 @@ class Pipeline:
                     log.warning("%s; trying again", error)
                     continue
                 for record in records:
-                    self._addresses[record.peer] = record.addresses
                     banned = self._wirings[stage].is_banned(record.peer, self._clock())
                     if record.peer not in self._watched and not banned:
                         task = asyncio.create_task(self._watch(stage, record.peer))
@@ -140,7 +136,6 @@ class Pipeline:
 
     def _unwatch(self, peer: PeerId, task: "asyncio.Task[None]") -> None:
         self._watched.pop(peer, None)
-        self._addresses.pop(peer, None)
         self.throttle.gone(peer)
         self._raise_bug(task)
 
@@ -217,7 +212,9 @@ class Pipeline:
                             self.feed(ev.WatchBroke(peer))
                     self.feed(ev.SteppedEvent(stage, peer, message.heartbeat.version))
                 case "event":
-                    self.feed(_hop_event(peer, message.event))
+                    event = _hop_event(peer, message.event)
+                    self._note_bad_link(stage, event)
+                    self.feed(event)
                 case "stepped":
                     if again and first and message.stepped.fresh:  # it has let go of all that was ours
                         again = False
@@ -228,6 +225,17 @@ class Pipeline:
                             stage, peer, told.version, frozenset(told.microbatches), whole=told.whole
                         )
                     )
+
+    def _note_bad_link(self, stage: int, event: ev.HopEvent) -> None:
+        """Tell the user, now and then, which peers do not reach each other: nothing else would show it."""
+        link, now_s = (event.peer, event.target), self._clock()
+        if event.kind == pb.PUSH_FAILED and event.status == pb.LINK and now_s >= self._told_s.get(link, 0.0):
+            self._told_s[link] = now_s + TOLD_AGAIN_S
+            log.warning(
+                "%s (stage %d) cannot push to %s: %s", link[0][-8:], stage, link[1][-8:], event.reason
+            )
+            while len(self._told_s) > MOST_TOLD:
+                del self._told_s[next(iter(self._told_s))]
 
     # commands
 

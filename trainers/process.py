@@ -42,7 +42,6 @@ async def train(options: TrainerOptions) -> int:
             held_out=held_out,
             minutes=options.minutes,
         )
-        here.network.use_addresses(trainer.pipeline.addresses_of)
         sender = MetricsSender(here.network, manifest.organizer, kind="trainer", values=trainer.metrics)
         try:
             async with asyncio.TaskGroup() as tasks:
