@@ -13,6 +13,8 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -69,9 +71,10 @@ def _run(future: "concurrent.futures.Future[Any]", work: Callable[[], Any]) -> N
 
 
 class ComputeThread:
-    """Jobs run one after the other in a thread of their own."""
+    """Jobs run one after the other in a thread of their own, which torch spreads over `threads` cores."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
         self._queue, self._changed, self._closed = _Queue(), threading.Condition(), False
         self._thread = threading.Thread(target=self._loop, name="compute", daemon=True)
         self._thread.start()
@@ -99,6 +102,7 @@ class ComputeThread:
             self._changed.notify()
 
     def _loop(self) -> None:
+        torch.set_num_threads(self._threads)  # of arithmetic that this thread starts
         while True:
             with self._changed:
                 while (job := self._queue.pop()) is None and not self._closed:

@@ -34,8 +34,8 @@ async def serve(options: PeerOptions) -> int:
     """Serve until cancelled. Raises UserError."""
     device = _device(options.device)
     keep_freed_memory()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    compute = ComputeThread(options.threads or torch.get_num_threads())
+    torch.set_num_threads(1)  # in the event loop, whose decoding must not take cores from `compute`
     async with joined(
         options.join, listen=options.listen, port=options.port, identity=options.identity
     ) as here:
@@ -49,7 +49,7 @@ async def serve(options: PeerOptions) -> int:
         peer = Peer(
             network=here.network,
             directory=here.directory,
-            compute=ComputeThread(),
+            compute=compute,
             config=config,
             run=manifest.run,
             stage=stage,
