@@ -96,8 +96,8 @@ class _Int8:
         if padded is not flat:
             padded[:values] = flat
         rows = padded.view(blocks, INT8_BLOCK)
-        low, high = torch.aminmax(rows, dim=1)
-        scale = torch.maximum(high, -low).div_(127.0)
+        # Not `aminmax`: along the innermost dimension it takes ten times as long as these two.
+        scale = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).div_(127.0)
         inverse = torch.where(scale > 0, scale.reciprocal(), torch.zeros_like(scale)).clamp_(max=3e38)
         codes = torch.mul(rows, inverse.unsqueeze(1)).round_().to(torch.int8)
         return _to_bytes(scale) + _to_bytes(codes.view(-1)[:values])
