@@ -29,7 +29,8 @@ class FrameProtocol(asyncio.BufferedProtocol):
         self.remote, self.progress_s, self._max_payload_bytes = remote, progress_s, max_payload_bytes
         self._prefix = bytearray(PREFIX.size)
         self._target: bytearray = self._prefix
-        self._filled, self._header, self._payload_bytes = 0, b"", 0
+        self._filled, self._payload_bytes = 0, 0
+        self._header: bytes | None = b""  # None: it is what is being read
         self._frames: deque[Frame | None] = deque()
         self._readable = asyncio.Event()
         self._writable = asyncio.Event()
@@ -67,7 +68,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
             elif header_bytes > MAX_HEADER_BYTES or self._payload_bytes > self._max_payload_bytes:
                 self.fail(f"frame of {header_bytes} + {self._payload_bytes} bytes exceeds the bound")
             else:
-                self._header = None  # type: ignore[assignment]
+                self._header = None
                 self._expect(bytearray(header_bytes))
         elif self._header is None:
             self._header = bytes(target)
@@ -99,6 +100,10 @@ class FrameProtocol(asyncio.BufferedProtocol):
         self.fail("the stream ended without its last frame" if exc is None else str(exc) or repr(exc))
 
     # what the stream calls
+
+    @property
+    def has_received(self) -> bool:
+        return self._received_bytes > 0
 
     def fail(self, why: str) -> None:
         if self._broken is None:
@@ -188,6 +193,11 @@ class FramedStream:
 
     def abort(self) -> None:
         self._protocol.fail("closed here")
+
+    def abort_if_silent(self) -> None:
+        """For whoever served the stream, when the first frame is due: the dialer speaks first."""
+        if not self._protocol.has_received:
+            self.abort()
 
     def abort_unless_finished(self) -> None:
         """For whoever served the stream, after its handler."""

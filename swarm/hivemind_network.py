@@ -39,6 +39,7 @@ DAEMON_START_S = 90.0  # the engine's own 15 s is too short on loaded machines
 DIAL_S = 10.0
 PROBE_S = 1.0
 PROGRESS_S = 5.0
+FIRST_FRAME_S = 10.0
 STREAMS_EACH = 256  # that one peer may have open here
 
 _TCP = re.compile(r"/ip[46]/([^/]+)/tcp/(\d+)")
@@ -177,6 +178,7 @@ class HivemindNetwork:
             self._served[remote] += 1
             stream = self._framed(remote, reader, writer, max_payload_bytes)
             writer.transport.write(GREETING.pack(MAGIC, PROTOCOL_VERSION))
+            asyncio.get_running_loop().call_later(FIRST_FRAME_S, stream.abort_if_silent)
             try:
                 await handler(stream)
             except LinkError:

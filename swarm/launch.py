@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.config import RunConfig
+from swarm.config import LocalConfig, RunConfig
 
 STOP_S = 6.0
 
@@ -47,8 +47,10 @@ class Kill:
 class LocalRun:
     """Starts, watches, kills and ends the local processes of one run."""
 
-    def __init__(self, config: RunConfig, join: str, folder: Path, *, seed: int = 0) -> None:
-        self._config, self._join, self._folder = config, join, folder
+    def __init__(
+        self, config: RunConfig, join: str, folder: Path, *, seed: int = 0, verbose: bool = False
+    ) -> None:
+        self._config, self._join, self._folder, self._verbose = config, join, folder, verbose
         self._rng = random.Random(seed)
         self._numbers = {"peer": 0, "trainer": 0}
         self.children: list[Child] = []
@@ -70,10 +72,10 @@ class LocalRun:
             await self._start("trainer", None, ["trainers.cli", "trainer", "--number", number, *bound])
 
     async def start_peer(self, stage: int) -> Child:
-        assert self._config.local is not None
-        threads = str(self._config.local.threads)
-        arguments = ["swarm.cli", "--stage", str(stage), "--threads", threads]
-        return await self._start("peer", stage, [*arguments, "--name", f"peer-{self._numbers['peer']}"])
+        local = self._config.local or LocalConfig()
+        arguments = ["swarm.cli", "--stage", str(stage), "--threads", str(local.threads)]
+        arguments += ["--name", f"peer-{self._numbers['peer']}", *(["--verbose"] if self._verbose else [])]
+        return await self._start("peer", stage, arguments)
 
     async def _start(self, kind: str, stage: int | None, arguments: Sequence[str]) -> Child:
         name = f"{kind}-{self._numbers[kind]}"

@@ -59,9 +59,10 @@ class StateServer:
                 offer = pb.StateOffer(available=True, version=version, size_bytes=len(data), sha256=digest)
                 await stream.send(offer.SerializeToString())
                 for start in range(0, len(data), CHUNK_BYTES):
-                    await stream.send(b"", memoryview(data)[start : start + CHUNK_BYTES])
+                    async with asyncio.timeout(DEADLINE_S):  # a reader that crawls must not keep the slot
+                        await stream.send(b"", memoryview(data)[start : start + CHUNK_BYTES])
                 await stream.finish()
-        except (LinkError, DecodeError) as error:
+        except (LinkError, DecodeError, TimeoutError) as error:
             log.info("state transfer ended early: %s", error)
             stream.abort()
 

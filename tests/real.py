@@ -2,13 +2,11 @@
 
 import asyncio
 import contextlib
-import os
 import re
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -18,6 +16,7 @@ from averaging.errors import LinkError
 from averaging.network import PeerId
 from swarm import swarm_pb2 as pb
 from swarm.config import RunConfig, dump_run
+from swarm.launch import Child, LocalRun
 from swarm.manifest import pack_manifest
 from swarm.process import Joined, joined
 from swarm.state import SERVICE as STATE_SERVICE
@@ -27,65 +26,23 @@ STEPPED = re.compile(r"applied step (\d+) with .*, state (\w+)")
 
 
 @dataclass(slots=True)
-class PeerProcess:
-    name: str
-    stage: int
-    process: asyncio.subprocess.Process
-    log: Path
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    @property
-    def serving(self) -> bool:
-        return "serving stage" in self.text()
-
-    def hashes(self) -> dict[int, str]:
-        """State hash after every step that this process applied."""
-        return {int(step): state for step, state in STEPPED.findall(self.text())}
-
-
-@dataclass(slots=True)
 class RealSwarm:
     config: RunConfig
-    folder: Path
     here: Joined
-    peers: list[PeerProcess] = field(default_factory=list)
-    number: int = 0
+    local: LocalRun
     trainer: Trainer | None = None
 
     @property
-    def address(self) -> str:
-        return self.here.addresses[0]
+    def peers(self) -> list[Child]:
+        return self.local.children
 
-    async def start_peer(self, stage: int) -> PeerProcess:
-        name = f"peer-{self.number}"
-        self.number += 1
-        log = self.folder / f"{name}.log"
-        command = [sys.executable, "-m", "swarm.cli", "--join", self.address, "--listen", "127.0.0.1"]
-        arguments = ["--stage", str(stage), "--threads", "1", "--name", name, "--verbose"]
-        with log.open("wb") as output:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        peer = PeerProcess(name, stage, process, log)
-        self.peers.append(peer)
-        return peer
+    async def start_peer(self, stage: int) -> None:
+        await self.local.start_peer(stage)
 
-    def living(self, stage: int | None = None) -> list[PeerProcess]:
-        return [
-            p
-            for p in self.peers
-            if p.process.returncode is None and p.serving and (stage is None or p.stage == stage)
-        ]
+    def living(self, stage: int | None = None) -> list[Child]:
+        return [p for p in self.peers if p.running and is_serving(p) and (stage is None or p.stage == stage)]
 
-    def kill(self, peer: PeerProcess) -> None:
+    def kill(self, peer: Child) -> None:
         peer.process.send_signal(signal.SIGKILL)
 
     async def parameters(self, version: int) -> dict[str, torch.Tensor]:
@@ -124,7 +81,20 @@ class RealSwarm:
             await asyncio.sleep(0.1)
 
     def logs(self) -> str:
-        return "\n".join(f"== {p.name} (stage {p.stage})\n{p.text()[-1500:]}" for p in self.peers)
+        return "\n".join(f"== {p.name} (stage {p.stage})\n{text(p)[-1500:]}" for p in self.peers)
+
+
+def text(peer: Child) -> str:
+    return peer.log.read_text(errors="replace")
+
+
+def is_serving(peer: Child) -> bool:
+    return "serving stage" in text(peer)
+
+
+def hashes(peer: Child) -> dict[int, str]:
+    """State hash after every step that this process applied."""
+    return {int(step): state for step, state in STEPPED.findall(text(peer))}
 
 
 @contextlib.asynccontextmanager
@@ -134,11 +104,8 @@ async def real_swarm(config: RunConfig, folder: Path) -> AsyncIterator[RealSwarm
         text = dump_run(config)
         await here.directory.publish_manifest(pack_manifest(text))
         await here.directory.manifest(here.network.peer_id)
-        swarm = RealSwarm(config, folder, here)
+        local = LocalRun(config, here.addresses[0], folder, verbose=True)
         try:
-            yield swarm
+            yield RealSwarm(config, here, local)
         finally:
-            for peer in swarm.peers:
-                if peer.process.returncode is None:
-                    peer.process.kill()
-                    await peer.process.wait()
+            await local.stop()

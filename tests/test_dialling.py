@@ -107,6 +107,24 @@ def test_a_daemon_without_the_service_is_no_peer():
     uvloop.run(main())
 
 
+def test_a_dialer_that_says_nothing_is_hung_up_on(monkeypatch):
+    monkeypatch.setattr("swarm.hivemind_network.FIRST_FRAME_S", 0.2)
+
+    async def main():
+        async with joined([]) as a, joined([]) as b:
+            await b.network.serve("echo", echo)
+            a.network.use_addresses(at(b.addresses))
+            silent, talking = [await a.network.open(b.network.peer_id, "echo") for _ in range(2)]
+            await talking.send(b"hello")
+            assert (await talking.receive()).header == b"hello"
+            with pytest.raises(LinkError):
+                await silent.receive()
+            await talking.send(b"still here")
+            assert (await talking.receive()).header == b"still here"
+
+    uvloop.run(main())
+
+
 def test_a_machine_that_cannot_be_reached_proves_nothing():
     async def main():
         async with joined([]) as here, joined([]) as other:

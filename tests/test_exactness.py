@@ -18,7 +18,7 @@ import uvloop
 
 from swarm.config import RunConfig, parse_run
 from tests.plain import train_plain, worst_difference
-from tests.real import RealSwarm, real_swarm
+from tests.real import RealSwarm, hashes, real_swarm, text
 from trainers.trainer import Trainer
 
 STEPS = 10
@@ -103,7 +103,7 @@ def assert_stages_identical(swarm: RealSwarm) -> int:
     by_step: defaultdict[tuple[int, int], set[str]] = defaultdict(set)
     compared = 0
     for peer in swarm.peers:
-        for step, state in peer.hashes().items():
+        for step, state in hashes(peer).items():
             compared += (peer.stage, step) in by_step
             by_step[peer.stage, step].add(state)
     assert all(len(states) == 1 for states in by_step.values()), by_step
@@ -164,11 +164,11 @@ def test_strict_run_equals_plain_training_although_peers_die_while_they_average(
         """SIGKILL one member the moment it begins to average; a fresh one takes its place."""
         await swarm.until(lambda: trainer.pipeline.ledger.version >= 1, 90, "the first step")
         while len(killed) < 3 and trainer.pipeline.ledger.version < STEPS - 1:
-            rounds = {p.name: p.text().count(AVERAGING) for p in swarm.living()}
+            rounds = {p.name: text(p).count(AVERAGING) for p in swarm.living()}
             victim = None
             while victim is None:
                 await asyncio.sleep(0.002)
-                began = [p for p in swarm.living() if p.text().count(AVERAGING) > rounds.get(p.name, 1 << 30)]
+                began = [p for p in swarm.living() if text(p).count(AVERAGING) > rounds.get(p.name, 1 << 30)]
                 victim = next((p for p in began if len(swarm.living(p.stage)) > 1), None)
             swarm.kill(victim)
             killed.append(f"{victim.name} in step {trainer.pipeline.ledger.version}")
@@ -178,7 +178,7 @@ def test_strict_run_equals_plain_training_although_peers_die_while_they_average(
     swarm, ours = uvloop.run(whole_run(config, tmp_path, kill_in_rounds))
     plain = train_plain(config, endless_text(config), STEPS)
     worst, name = worst_difference(ours, plain)
-    abandoned = sum("was abandoned" in p.text() for p in swarm.peers)
+    abandoned = sum("was abandoned" in text(p) for p in swarm.peers)
     assert len(killed) == 3 and abandoned >= 2, f"{killed}, {abandoned} survivors abandoned a round"
     assert worst <= 1e-5, f"{name} is off by {worst:.2e} after the deaths of {killed}"
     assert_stages_identical(swarm)

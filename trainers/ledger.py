@@ -25,7 +25,6 @@ from collections.abc import Set as AbstractSet
 
 from averaging.network import PeerId
 from swarm import swarm_pb2 as pb
-from swarm.messages import Route
 from swarm.wiring import StageWiring
 from trainers.events import (
     Abandoned,
@@ -38,7 +37,6 @@ from trainers.events import (
     LedgerEvent,
     PeerGone,
     PeerReady,
-    PushTokens,
     Recovered,
     Release,
     Resend,
@@ -48,9 +46,9 @@ from trainers.events import (
 )
 from trainers.evidence import Evidence
 from trainers.flight import Flight, Hop, Phase
+from trainers.routes import Router
 
 MAX_REJECTIONS = 6  # of one microbatch: then its data is at fault, not a peer
-RETRY_S = 0.1
 MOST_ASKED = 128  # microbatches in one cancel
 
 
@@ -70,13 +68,22 @@ class Ledger:
     ) -> None:
         """`verdict_s`: how long a step may take to close around a member that has fallen silent."""
         self._verdict_s = verdict_s
-        self._trainer, self._session, self._wirings = trainer, session, wirings
+        self._wirings = wirings
         self._hop_deadline_s, self._retain, self._strict = hop_deadline_s, retain_until_step, strict
         self._flights: dict[bytes, Flight] = {}
         self._stage_of: dict[PeerId, int] = {}
         self._evidence = [Evidence() for _ in wirings]
         self._recovering: dict[PeerId, tuple[float, set[tuple[bytes, int]], int]] = {}
         self.counters: Counter[str] = Counter()
+        self._router = Router(
+            trainer=trainer,
+            session=session,
+            wirings=wirings,
+            evidence=self._evidence,
+            live=self._stage_of,
+            hop_deadline_s=hop_deadline_s,
+            counters=self.counters,
+        )
 
     # what the trainer asks
 
@@ -125,7 +132,7 @@ class Ledger:
         self._flights[microbatch] = flight
         if not evaluate:
             self.counters["issued"] += 1
-        return self._place(flight, now_s)
+        return self._router.place(flight, now_s)
 
     def handle(self, event: LedgerEvent, now_s: float) -> list[Command]:
         """Take one event; returns what to do about it, in order."""
@@ -157,7 +164,7 @@ class Ledger:
             c
             for flight in list(self._flights.values())
             if flight.unplaced
-            for c in self._place(flight, now_s)
+            for c in self._router.place(flight, now_s)
         ]
 
     def _gone(self, event: PeerGone, now_s: float) -> list[Command]:
@@ -178,7 +185,7 @@ class Ledger:
             done = hop.phase is Phase.SETTLED or self._evidence[s].is_held(flight.id)
             if done or (hop.phase is Phase.ACCUMULATED and not self._strict):
                 if s > 0 and flight.hops[s - 1].phase < Phase.ACCUMULATED:
-                    commands += self._place(flight, now_s, suppliers={s})  # was its gradient delivered?
+                    commands += self._router.place(flight, now_s, suppliers={s})  # is its gradient out?
                 continue
             if event.silent and not self._strict and not flight.evaluate:
                 # It may have accumulated this just before its lease ended, and be in a step that closes now.
@@ -187,7 +194,7 @@ class Ledger:
                 continue
             flight.completed = False  # strict: what was accumulated there is computed again, too
             moved.add((flight.id, s))
-            commands += self._reroute(flight, s, now_s)
+            commands += self._router.reroute(flight, s, now_s)
         if moved and not event.left:
             self._recovering[event.peer] = (now_s, moved, len(moved))
         return commands + self._settle(stage, now_s)
@@ -228,7 +235,7 @@ class Ledger:
                     return commands
                 if event.attempt < flight.hops[stage + 1].placed and not flight.unplaced:
                     # Along a route that did not lead there, or did not need to: once more.
-                    return [*commands, self._deliver(flight, stage + 1, backward=False)]
+                    return [*commands, self._router.deliver(flight, stage + 1, backward=False)]
                 return commands + self._has_input(flight, stage + 1, now_s)
             case pb.BACKWARDED:
                 if stage == len(flight.hops) - 1:
@@ -310,7 +317,7 @@ class Ledger:
         hop = flight.hops[stage]
         if hop.phase < Phase.ACCUMULATED or self._retain or not flight.completed:
             flight.completed = False
-            return self._reroute(flight, stage, now_s)
+            return self._router.reroute(flight, stage, now_s)
         self.counters["lost"] += 1
         hop.phase = Phase.SETTLED
         return self._finish_if_settled(flight)
@@ -323,7 +330,7 @@ class Ledger:
             return commands
         near = flight.hops[max(0, stage - 1) : stage + 2]
         if any(h.phase < Phase.ACCUMULATED for h in near):  # its neighbours need what it would have sent
-            return commands + self._place(flight, now_s, suppliers={stage})
+            return commands + self._router.place(flight, now_s, suppliers={stage})
         return commands + self._finish_if_settled(flight)
 
     def _again(self, flight: Flight, stage: int, culprit: PeerId, reason: str, now_s: float) -> list[Command]:
@@ -335,7 +342,7 @@ class Ledger:
             self.counters["lost"] += not flight.evaluate
             commands = [Cancel(p, ((flight.id, flight.attempt),)) for p in sorted(flight.touched)]
             return [*commands, Abandoned(flight.id, flight.evaluate, reason)]
-        return self._reroute(flight, stage, now_s)
+        return self._router.reroute(flight, stage, now_s)
 
     def _push_failed(self, flight: Flight, stage: int, event: HopEvent, now_s: float) -> list[Command]:
         next_stage = stage - 1 if event.backward else stage + 1
@@ -349,59 +356,19 @@ class Ledger:
         if target.phase >= Phase.ACCUMULATED and target.accumulated_by == target.peer:
             return []  # it got there another way
         if target.peer != event.target or event.attempt != flight.attempt:  # it speaks of an older route
-            return [Resend(event.peer, self._route(flight), event.backward)]
+            return [Resend(event.peer, self._router.route(flight), event.backward)]
         if event.status == pb.BUSY:
-            return self._busy(flight, next_stage, event.backward, now_s)
+            return self._router.busy(flight, next_stage, event.backward, now_s)
         if event.status == pb.REJECTED:
             if event.backward:  # the sender has accumulated: nothing can be taken back
                 flight.rejections = MAX_REJECTIONS
             return self._again(flight, stage, event.peer, event.reason, now_s)
         if event.status == pb.LINK:
             self._wirings[next_stage].ban_link(event.peer, event.target, now_s)
-            self._avoid(flight, event.target, now_s)
+            self._router.avoid(flight, event.target, now_s)
             target.cancelling = True
             return [Cancel(event.target, ((flight.id, flight.attempt),))]
-        return self._refused(flight, next_stage, now_s)  # STALE: it does not hold it
-
-    def _busy(self, flight: Flight, stage: int, backward: bool, now_s: float) -> list[Command]:
-        """The peer of `stage` has no room: take another one, or try again a little later."""
-        hop = flight.hops[stage]
-        assert hop.peer is not None
-        self.counters["busy"] += 1
-        if len(self._wirings[stage]) > 1 and hop.peer not in flight.avoid:
-            flight.avoid.add(hop.peer)
-            return self._reroute(flight, stage, now_s)
-        flight.avoid.clear()
-        flight.retries.append((now_s + RETRY_S, stage, backward))
-        return []
-
-    def _retry(self, flight: Flight, now_s: float) -> list[Command]:
-        """Deliver again, along the present route, what found no room."""
-        due = [(stage, backward) for at, stage, backward in flight.retries if at <= now_s]
-        if not due or flight.unplaced:
-            return []
-        flight.retries = [retry for retry in flight.retries if retry[0] > now_s]
-        return [self._deliver(flight, stage, backward) for stage, backward in due]
-
-    def _deliver(self, flight: Flight, stage: int, backward: bool) -> Command:
-        """Have the neighbour of `stage` send it what it needs."""
-        if stage == 0 and not backward:
-            return self._push_tokens(flight)
-        return Resend(flight.peer(stage + 1 if backward else stage - 1), self._route(flight), backward)
-
-    def _refused(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
-        """The peer of `stage` does not know us or has withdrawn this attempt: make a new one."""
-        peer = flight.hops[stage].peer
-        assert peer is not None
-        self._avoid(flight, peer, now_s)
-        return self._reroute(flight, stage, now_s)
-
-    @staticmethod
-    def _avoid(flight: Flight, peer: PeerId, now_s: float) -> None:
-        """Take somebody else next time; if nobody else was there this time, not before a pause."""
-        if peer in flight.avoid:
-            flight.not_before_s = now_s + RETRY_S
-        flight.avoid.add(peer)
+        return self._router.refused(flight, next_stage, now_s)  # STALE: it does not hold it
 
     def _answered(self, event: Answered, now_s: float) -> list[Command]:
         flight = self._flights.get(event.microbatch)
@@ -414,25 +381,25 @@ class Ledger:
                 hop.cancelling = True  # it may have arrived since it said so
                 return [Cancel(event.peer, ((flight.id, flight.attempt),))]
             if event.status == pb.UNKNOWN and hop.phase >= Phase.ACCUMULATED and not flight.completed:
-                return self._place(flight, now_s, suppliers={stage})  # it no longer has what it sent
+                return self._router.place(flight, now_s, suppliers={stage})  # it no longer has what it sent
             return []
         if event.status in (pb.ACCEPTED, pb.DUPLICATE):
             return self._has_input(flight, 0, now_s)
         if hop.has_input or flight.unplaced or (hop.phase >= Phase.ACCUMULATED and not hop.only_supplies):
             return []
         if event.attempt != flight.attempt and event.status != pb.CLOSED:
-            return [self._push_tokens(flight)]  # refused for an older route: ask again for this one
+            return [self._router.push_tokens(flight)]  # refused for an older route: ask again for this one
         if event.status == pb.CLOSED:
             return self._in_closed_step(flight, 0, now_s)
         if event.status == pb.BUSY:
-            return self._busy(flight, 0, False, now_s)
+            return self._router.busy(flight, 0, False, now_s)
         if event.status == pb.LINK:
-            self._avoid(flight, event.peer, now_s)
+            self._router.avoid(flight, event.peer, now_s)
             hop.cancelling = True
             return [Cancel(event.peer, ((flight.id, flight.attempt),))]
         if event.status == pb.REJECTED:
             return self._again(flight, 0, event.peer, "the first peer refused the token ids", now_s)
-        return self._refused(flight, 0, now_s)
+        return self._router.refused(flight, 0, now_s)
 
     def _cancel_answered(self, event: CancelAnswered, now_s: float) -> list[Command]:
         commands: list[Command] = []
@@ -453,85 +420,8 @@ class Ledger:
             elif microbatch in stands:
                 commands += self._accumulated(flight, stage, *stands[microbatch], now_s)
             elif hop.phase < Phase.ACCUMULATED or hop.only_supplies:
-                commands += self._reroute(flight, stage, now_s)
+                commands += self._router.reroute(flight, stage, now_s)
         return commands
-
-    # routes
-
-    def _reroute(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
-        """Give the hop at `stage` to another peer and ask the neighbours for what they retained.
-
-        If its gradient is safe with somebody else, the new peer only supplies the neighbours.
-        """
-        hop = flight.hops[stage]
-        if hop.phase >= Phase.ACCUMULATED and (
-            hop.accumulated_by in self._stage_of or self._evidence[stage].is_held(flight.id)
-        ):
-            return self._place(flight, now_s, suppliers={stage})
-        flight.hops[stage] = Hop()
-        self.counters["rerouted_hops"] += flight.routed and not flight.evaluate
-        flight.unplaced.add(stage)
-        return self._place(flight, now_s)
-
-    def _place(
-        self, flight: Flight, now_s: float, suppliers: AbstractSet[int] = frozenset()
-    ) -> list[Command]:
-        """Assign every unplaced hop, or none: a route needs a peer at each stage.
-
-        `suppliers` are stages that are done but whose tensors a neighbour needs again.
-        """
-        placing = self._with_suppliers(flight, flight.unplaced | suppliers)
-        if now_s < flight.not_before_s or any(not len(self._wirings[stage]) for stage in placing):
-            return []
-        first = not flight.routed
-        for stage in sorted(placing):
-            source = self._trainer if stage == 0 else flight.hops[stage - 1].peer or ""
-            hop = flight.hops[stage]
-            peer = self._wirings[stage].choose(
-                flight.token_count, now_s=now_s, source=source, avoid=flight.avoid
-            )
-            supplied = stage > 0 and flight.hops[stage - 1].phase >= Phase.FORWARDED
-            hop.peer, hop.chosen_s, hop.has_input, hop.cancelling = peer, now_s, False, False
-            hop.supplies = hop.phase >= Phase.ACCUMULATED
-            hop.due_s = now_s if supplied else None
-            flight.touched.add(peer)
-        flight.unplaced, flight.routed = set(), True
-        flight.attempt += not first
-        for stage in placing:
-            flight.hops[stage].placed = flight.attempt
-        return self._supply(flight, sorted(placing), first)
-
-    def _with_suppliers(self, flight: Flight, placing: AbstractSet[int]) -> set[int]:
-        """Add the stages that are done but whose peer is gone, next to a hop that needs their tensors.
-
-        Another peer computes them again, to supply its neighbours only: the route says that nothing is to
-        be accumulated there.
-        """
-        extended, todo = set(placing), list(placing) if flight.routed else []
-        while todo:
-            stage = todo.pop()
-            for near in (stage - 1, stage + 1):
-                known = not 0 <= near < len(flight.hops) or near in extended
-                if not known and flight.hops[near].peer not in self._stage_of:
-                    extended.add(near)
-                    todo.append(near)
-        return extended
-
-    def _supply(self, flight: Flight, placed: Sequence[int], first: bool) -> list[Command]:
-        """Have the living neighbours of every run of new hops send what they retained."""
-        commands, last = list[Command](), len(flight.hops) - 1
-        for stage in placed:
-            if stage == 0 or stage - 1 not in placed:
-                commands.append(self._deliver(flight, stage, backward=False))
-            if not first and not flight.evaluate and stage < last and stage + 1 not in placed:
-                commands.append(self._deliver(flight, stage, backward=True))
-        return commands
-
-    def _route(self, flight: Flight) -> Route:
-        return flight.route(self._trainer, self._session)
-
-    def _push_tokens(self, flight: Flight) -> PushTokens:
-        return PushTokens(self._route(flight), flight.tokens, flight.sequences)
 
     # steps
 
@@ -561,7 +451,7 @@ class Ledger:
         hop.accumulated_by = None  # not whom we had asked
         if stage > 0 and flight.hops[stage - 1].phase < Phase.ACCUMULATED:
             if hop.peer not in self._stage_of:
-                commands += self._place(flight, now_s, suppliers={stage})
+                commands += self._router.place(flight, now_s, suppliers={stage})
         elif hop.peer in self._stage_of:
             commands.append(Cancel(flight.peer(stage), ((flight.id, flight.attempt),)))
         return commands
@@ -620,9 +510,9 @@ class Ledger:
         slow: defaultdict[PeerId, list[Flight]] = defaultdict(list)
         for flight in list(self._flights.values()):
             if flight.unplaced:
-                commands += self._place(flight, now_s)
-            commands += self._retry(flight, now_s)
-            commands += self._replace_suppliers(flight, now_s)
+                commands += self._router.place(flight, now_s)
+            commands += self._router.deliver_again(flight, now_s)
+            commands += self._router.replace_suppliers(flight, now_s)
             for stage, hop in enumerate(flight.hops):
                 if hop.awaits_verdict:
                     commands += self._judge(flight, stage, now_s)
@@ -646,16 +536,6 @@ class Ledger:
             return False
         waits = hop.phase is Phase.FORWARDED and not self._has_gradient(flight, stage)
         return not waits and now_s - hop.due_s > self._hop_deadline_s
-
-    def _replace_suppliers(self, flight: Flight, now_s: float) -> list[Command]:
-        """Have others supply what a neighbour has been waiting for longer than the deadline."""
-        overdue = {
-            stage
-            for stage, hop in enumerate(flight.hops)
-            if hop.only_supplies and now_s - hop.chosen_s > self._hop_deadline_s and flight.is_awaited(stage)
-        }
-        flight.avoid |= {flight.peer(stage) for stage in overdue}
-        return self._place(flight, now_s, suppliers=overdue) if overdue else []
 
     @staticmethod
     def _has_gradient(flight: Flight, stage: int) -> bool:
