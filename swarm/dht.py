@@ -15,6 +15,7 @@ from typing import Any
 
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.node import DHTNode
+from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import P2P
 from hivemind.proto import crypto_pb2
 from hivemind.utils.crypto import RSAPrivateKey
@@ -23,13 +24,14 @@ from hivemind.utils.timed_storage import get_dht_time
 from averaging.errors import LinkError
 from averaging.network import PeerId
 from swarm.errors import NoAnswerError, RejectedError, RunMismatchError, UserError
-from swarm.manifest import Manifest, parse_manifest
+from swarm.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from swarm.records import PeerRecord, parse_record, peer_id_of
 
 RUN_KEY = "swarm/run"
 MANIFEST_EXPIRE_S = 24 * 3600.0
 CALL_S = 10.0
 JOIN_S = 30.0
+MAX_VALUE_BYTES = MAX_MANIFEST_BYTES + 1024  # the largest is a manifest with its signature
 _OWNER = re.compile(re.escape(RSASignatureValidator.PUBLIC_KEY_FORMAT).replace(b"_key_", b"(.+?)"))
 log = logging.getLogger(__name__)
 
@@ -51,12 +53,24 @@ def make_identity(path: Path) -> RSAPrivateKey:
     return key
 
 
+class OwnedRecords(RSASignatureValidator):
+    """Lets nothing into the DHT that has no owner's signature: a plain value would hide a whole roster."""
+
+    def validate(self, record: DHTRecord) -> bool:
+        owned = record.subkey is not None and _OWNER.search(record.subkey) is not None
+        return owned and len(record.value) <= MAX_VALUE_BYTES and super().validate(record)
+
+
 class HivemindDirectory:
     """Satisfies `swarm.directory.Directory`."""
 
-    def __init__(self, node: DHTNode, validator: RSASignatureValidator, expire_s: float) -> None:
+    def __init__(
+        self, node: DHTNode, validator: RSASignatureValidator, expire_s: float, joined: Sequence[str]
+    ) -> None:
+        """`joined` are the addresses through which this process entered."""
         self._node, self._owner_tag, self._expire_s = node, validator.local_public_key, expire_s
         self.run = ""  # set once the manifest is known; part of every key
+        self._asked = {address.rpartition("/p2p/")[2] for address in joined}
         self._stages = 0  # known with the manifest, too
         self._addresses: dict[int, dict[PeerId, tuple[str, ...]]] = {}  # by stage, as last read
         self._looking = asyncio.Lock()
@@ -66,7 +80,7 @@ class HivemindDirectory:
         cls, p2p: P2P, key: RSAPrivateKey, peers: Sequence[str], *, expire_s: float = 12.0
     ) -> "HivemindDirectory":
         """Enter the DHT through `peers`, or start one. Raises UserError with one clear line."""
-        validator = RSASignatureValidator(key)
+        validator = OwnedRecords(key)
         try:
             async with asyncio.timeout(JOIN_S):
                 node = await DHTNode.create(
@@ -81,14 +95,15 @@ class HivemindDirectory:
                     "this machine's clock differs from the swarm's by more than 3 s: synchronise it (NTP)"
                 ) from None
             raise NoAnswerError(f"cannot join through {', '.join(peers)}: {text}") from None
-        return cls(node, validator, expire_s)
+        return cls(node, validator, expire_s, peers)
 
     async def publish_manifest(self, data: bytes) -> None:
         """Announce the run for a day."""
         await self._store(RUN_KEY, data, MANIFEST_EXPIRE_S)
 
     async def manifest(self, organizer: PeerId | None = None) -> Manifest:
-        """The run that is announced here. Raises RunMismatchError if there is none, or several."""
+        """The run that is announced here, or by `organizer`. Of several it is that of the organizer whose
+        address was joined. Raises RunMismatchError if there is none, or nothing to choose by."""
         found = {
             owner: value
             for owner, value in await self._load(RUN_KEY)
@@ -97,7 +112,9 @@ class HivemindDirectory:
         if not found:
             raise RunMismatchError("no run is announced at this address: ask the organizer for the command")
         if len(found) > 1:
-            raise RunMismatchError(f"{len(found)} runs are announced here; each needs an address of its own")
+            found = {owner: value for owner, value in found.items() if owner in self._asked}
+        if len(found) != 1:
+            raise RunMismatchError("several runs are announced here: join at the address of the one you want")
         owner, value = next(iter(found.items()))
         manifest = parse_manifest(value, organizer=owner)
         self.run = manifest.run

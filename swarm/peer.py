@@ -25,7 +25,7 @@ from swarm.config import RunConfig
 from swarm.directory import Directory
 from swarm.errors import UserError
 from swarm.model import build_stage
-from swarm.records import PeerRecord
+from swarm.records import MAX_ADDRESSES, PeerRecord
 from swarm.server import HopServer
 from swarm.stage import Stage
 from swarm.state import StateServer, fetch_state
@@ -165,7 +165,7 @@ class Peer:
         return PeerRecord(
             peer=self._network.peer_id,
             stage=self._stage_number,
-            addresses=self._addresses,
+            addresses=self._addresses[:MAX_ADDRESSES],
             name=self._name,
             version=self.stage.version,
             tokens_per_s=round(self._tokens_per_s, 1),

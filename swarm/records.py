@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from averaging.network import PeerId
 from swarm.errors import RejectedError
 
-MAX_RECORD_BYTES = 1024
+MAX_RECORD_BYTES, MAX_ADDRESSES = 1024, 8
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
@@ -30,14 +30,18 @@ class PeerRecord(BaseModel):
 
     peer: PeerId = Field(min_length=1, max_length=128)
     stage: int = Field(ge=0, lt=1024)
-    addresses: tuple[str, ...] = Field(default=(), max_length=8)
+    addresses: tuple[str, ...] = Field(default=(), max_length=MAX_ADDRESSES)
     name: str = Field("", max_length=64)
     version: int = Field(0, ge=0, description="steps applied")
     tokens_per_s: float = Field(0.0, ge=0, le=1e9, description="claimed throughput, forward and backward")
     announced_s: float = Field(0.0, ge=0, description="wall clock of the announcement")
 
     def pack(self) -> bytes:
-        return self.model_dump_json(exclude_defaults=True).encode()
+        """As bytes; addresses at the end are left out if there is no room for them."""
+        data = self.model_dump_json(exclude_defaults=True).encode()
+        if len(data) > MAX_RECORD_BYTES and self.addresses:
+            return self.model_copy(update={"addresses": self.addresses[:-1]}).pack()
+        return data
 
 
 def parse_record(data: object, *, owner: PeerId) -> PeerRecord:

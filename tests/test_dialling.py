@@ -9,11 +9,7 @@ import uvloop
 
 from averaging.errors import LinkError
 from averaging.network import Calls, answer
-from swarm.config import dump_run
-from swarm.manifest import pack_manifest
 from swarm.process import joined
-from swarm.records import PeerRecord
-from tests.sim import tiny_run
 
 pytestmark = pytest.mark.real
 
@@ -51,21 +47,6 @@ def test_a_peer_that_the_daemons_do_not_find_is_dialled_at_the_address_it_announ
             a.network.use_addresses(at(b.addresses))
             calls = Calls(a.network, "echo", deadline_s=10)
             assert (await calls.call(b.network.peer_id, b"hello")).header == b"hello"
-
-    uvloop.run(main())
-
-
-def test_a_peer_of_any_stage_is_found_by_its_record():
-    async def main():
-        run = tiny_run()
-        async with joined([]) as a, joined([a.addresses[0]]) as b:
-            await a.directory.publish_manifest(pack_manifest(dump_run(run)))
-            for here in (a, b):
-                await here.directory.manifest()
-            record = PeerRecord(peer=b.network.peer_id, stage=2, addresses=b.addresses, announced_s=0.0)
-            assert await a.directory.addresses(b.network.peer_id) == ()
-            await b.directory.announce(record)
-            assert await a.directory.addresses(b.network.peer_id) == b.addresses
 
     uvloop.run(main())
 

@@ -1,0 +1,75 @@
+"""The directory on the real DHT: what is found there, and what strangers cannot do to it."""
+
+import pytest
+import uvloop
+from hivemind.dht.node import DHTNode
+from hivemind.utils.timed_storage import get_dht_time
+
+from swarm.config import dump_run
+from swarm.dht import RUN_KEY
+from swarm.errors import RunMismatchError
+from swarm.hivemind_network import start_daemon
+from swarm.manifest import pack_manifest
+from swarm.process import joined
+from swarm.records import PeerRecord, parse_record
+from tests.sim import tiny_run
+
+pytestmark = pytest.mark.real
+
+
+def test_a_peer_of_any_stage_is_found_by_its_record():
+    async def main():
+        run = tiny_run()
+        async with joined([]) as a, joined([a.addresses[0]]) as b:
+            await a.directory.publish_manifest(pack_manifest(dump_run(run)))
+            for here in (a, b):
+                await here.directory.manifest()
+            record = PeerRecord(peer=b.network.peer_id, stage=2, addresses=b.addresses, announced_s=0.0)
+            assert await a.directory.addresses(b.network.peer_id) == ()
+            await b.directory.announce(record)
+            assert await a.directory.addresses(b.network.peer_id) == b.addresses
+
+    uvloop.run(main())
+
+
+def test_a_record_with_long_addresses_still_fits():
+    addresses = tuple(
+        f"/ip4/10.0.0.{n}/tcp/31337/p2p/{'Q' * 46}/p2p-circuit/p2p/{'Z' * 46}" for n in range(8)
+    )
+    record = PeerRecord(peer="Z" * 46, stage=1, addresses=addresses, name="a" * 64, announced_s=1.0)
+    read = parse_record(record.pack(), owner=record.peer)
+    assert len(read.addresses) >= 4 and read.addresses == addresses[: len(read.addresses)]
+
+
+def test_of_two_runs_the_joined_organizers_is_taken():
+    async def main():
+        async with joined([]) as organizer:
+            at_organizer = organizer.addresses[0]
+            async with joined([at_organizer]) as rival, joined([at_organizer]) as peer:
+                at_peer = peer.addresses[0]
+                await organizer.directory.publish_manifest(pack_manifest(dump_run(tiny_run("name=ours"))))
+                await rival.directory.publish_manifest(pack_manifest(dump_run(tiny_run("name=theirs"))))
+                assert (await peer.directory.manifest()).config.name == "ours"
+                async with joined([at_peer]) as late:
+                    with pytest.raises(RunMismatchError, match="several runs"):
+                        await late.directory.manifest()
+
+    uvloop.run(main())
+
+
+def test_a_strangers_plain_value_does_not_hide_the_records(tmp_path):
+    async def main():
+        async with joined([]) as organizer:
+            await organizer.directory.publish_manifest(pack_manifest(dump_run(tiny_run())))
+            address = organizer.addresses[0]
+            daemon = await start_daemon(join=[address], identity=tmp_path / "identity")
+            stranger = await DHTNode.create(p2p=daemon, initial_peers=[address])
+            try:
+                stored = await stranger.store(RUN_KEY, b"mine", get_dht_time() + 1e6, exclude_self=True)
+                assert not stored
+                assert (await organizer.directory.manifest()).config.name == "tiny"
+            finally:
+                await stranger.shutdown()
+                await daemon.shutdown()
+
+    uvloop.run(main())
