@@ -70,6 +70,12 @@ def _run(future: "concurrent.futures.Future[Any]", work: Callable[[], Any]) -> N
         future.set_exception(error)
 
 
+def spread_over(cores: int) -> None:
+    """Let what this thread computes take `cores` cores; other threads keep theirs."""
+    torch.get_num_threads()  # the first use settles a thread's number: let it be before
+    torch.set_num_threads(cores)
+
+
 class ComputeThread:
     """Jobs run one after the other in a thread of their own, which torch spreads over `threads` cores."""
 
@@ -102,7 +108,7 @@ class ComputeThread:
             self._changed.notify()
 
     def _loop(self) -> None:
-        torch.set_num_threads(self._threads)  # of arithmetic that this thread starts
+        spread_over(self._threads)
         while True:
             with self._changed:
                 while (job := self._queue.pop()) is None and not self._closed:

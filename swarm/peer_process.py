@@ -9,7 +9,7 @@ import torch
 
 from swarm.allocator import keep_freed_memory
 from swarm.assignment import choose_stage
-from swarm.compute import ComputeThread
+from swarm.compute import ComputeThread, spread_over
 from swarm.errors import UserError
 from swarm.metrics import MetricsSender
 from swarm.peer import Peer
@@ -35,7 +35,7 @@ async def serve(options: PeerOptions) -> int:
     device = _device(options.device)
     keep_freed_memory()
     compute = ComputeThread(options.threads or torch.get_num_threads())
-    torch.set_num_threads(1)  # in the event loop, whose decoding must not take cores from `compute`
+    spread_over(1)  # the event loop, whose decoding must not take cores from `compute`
     async with joined(
         options.join, listen=options.listen, port=options.port, identity=options.identity
     ) as here:

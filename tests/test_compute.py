@@ -5,19 +5,21 @@ import threading
 import pytest
 import torch
 
-from swarm.compute import ComputeThread, Priority
+from swarm.compute import ComputeThread, Priority, spread_over
 
 
 @pytest.fixture
 def compute():
+    spread_over(1)
     thread = ComputeThread(2)
     yield thread
     thread.close()
+    spread_over(1)  # of threads that begin later, too
 
 
 def test_only_the_compute_thread_spreads_over_its_cores(compute):
     assert compute.submit(Priority.STEP, torch.get_num_threads).result(10) == 2
-    assert torch.get_num_threads() == 1  # as this test's own thread was set up
+    assert torch.get_num_threads() == 1
 
 
 def test_jobs_run_by_priority_and_hops_wait_while_a_step_closes(compute):
