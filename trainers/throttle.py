@@ -1,7 +1,9 @@
 """How many microbatches a trainer keeps under way: enough for the slowest stage to be busy, no more.
 
-Additive increase, multiplicative decrease: one more for every round of completions while every peer's queue
-is short, a quarter less when one has grown long, at most once per round.
+Additive increase, multiplicative decrease: one more for every round of completions, a quarter less after a
+round in which some peer's queue never became short. Only such a standing queue is work in excess: one that
+is long for a moment is the pipeline's own jitter, and cutting for it leaves the other peers idle.
+Source: standing queues, "Controlling queue delay" (CoDel), Nichols and Jacobson, 2012.
 
 Pure.
 """
@@ -10,7 +12,14 @@ from dataclasses import dataclass, field
 
 from averaging.network import PeerId
 
-LONG_QUEUE = 3  # waiting for a peer's device: one is enough to keep it busy, the others cover jitter
+STANDING_QUEUE = 2  # waiting for a peer's device all the time: one keeps it busy, another covers jitter
+HEARTBEATS = 4  # of a peer, to call its queue a standing one
+
+
+@dataclass(slots=True)
+class _Queue:
+    shortest: int
+    heartbeats: int = 0
 
 
 @dataclass(slots=True)
@@ -18,28 +27,34 @@ class Throttle:
     most: int  # configured bound
     stages: int
     limit: float = field(init=False)
-    _queues: dict[PeerId, int] = field(default_factory=dict, init=False)
-    _since_cut: int = field(default=0, init=False)
+    _queues: dict[PeerId, _Queue] = field(default_factory=dict, init=False)  # in this round
+    _completed: int = field(default=0, init=False)  # in this round
+    _in_excess: bool = field(default=False, init=False)  # in the round before
 
     def __post_init__(self) -> None:
         self.limit = float(min(self.most, 2 * self.stages))
 
     def heard(self, peer: PeerId, queue: int) -> None:
         """Note the queue depth in a heartbeat."""
-        self._queues[peer] = queue
+        known = self._queues.setdefault(peer, _Queue(queue))
+        known.shortest, known.heartbeats = min(known.shortest, queue), known.heartbeats + 1
 
     def gone(self, peer: PeerId) -> None:
         self._queues.pop(peer, None)
 
     def completed(self) -> None:
-        """One microbatch is done: grow a little, or shrink if a queue is long."""
-        self._since_cut += 1
-        if max(self._queues.values(), default=0) > LONG_QUEUE:
-            if self._since_cut >= self.limit:
-                self.limit = max(float(min(self.most, self.stages + 1)), self.limit * 0.75)
-                self._since_cut = 0
-        else:
+        """One microbatch is done: grow a little; at the end of a round cut if a queue stood all the while."""
+        self._completed += 1
+        if not self._in_excess:
             self.limit = min(float(self.most), self.limit + 1 / self.limit)
+        heard = [queue for queue in self._queues.values() if queue.heartbeats >= HEARTBEATS]
+        if self._completed < self.limit or not heard:
+            return
+        self._in_excess = max(queue.shortest for queue in heard) > STANDING_QUEUE
+        if self._in_excess:
+            self.limit = max(float(min(self.most, self.stages + 1)), self.limit * 0.75)
+        self._completed = 0
+        self._queues.clear()
 
     def admits(self, in_flight: int) -> bool:
         return in_flight < int(self.limit)

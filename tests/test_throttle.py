@@ -1,0 +1,47 @@
+"""How many microbatches are kept under way: simulated peers tell their queues, the throttle answers."""
+
+from trainers.throttle import Throttle
+
+
+def rounds(throttle, queues, count=30):
+    """`count` rounds of completions; in each, one heartbeat per entry of `queues[peer]`, in turn."""
+    for _ in range(count):
+        for beat in range(4):
+            for peer, depths in queues.items():
+                throttle.heard(peer, depths[beat % len(depths)])
+        for _ in range(int(throttle.limit) + 1):
+            throttle.completed()
+
+
+def test_it_grows_to_the_bound_while_queues_are_short():
+    throttle = Throttle(most=24, stages=3)
+    rounds(throttle, {"a": [0], "b": [1, 2]})
+    assert throttle.limit == 24
+
+
+def test_a_queue_that_is_long_for_a_moment_costs_nothing():
+    throttle = Throttle(most=6, stages=3)
+    rounds(throttle, {"a": [0, 5, 1, 4], "b": [6, 0]})
+    assert throttle.limit == 6
+
+
+def test_a_standing_queue_is_cut_down_to_what_keeps_every_stage_busy():
+    throttle = Throttle(most=24, stages=3)
+    rounds(throttle, {"a": [0], "slow": [4, 9, 5]})
+    assert throttle.limit == 4
+
+
+def test_it_grows_again_when_the_slow_peer_is_gone():
+    throttle = Throttle(most=24, stages=3)
+    rounds(throttle, {"a": [0], "slow": [9]})
+    throttle.gone("slow")
+    rounds(throttle, {"a": [0]})
+    assert throttle.limit == 24
+
+
+def test_without_heartbeats_nothing_is_concluded():
+    throttle = Throttle(most=24, stages=3)
+    throttle.heard("slow", 9)
+    for _ in range(100):
+        throttle.completed()
+    assert throttle.limit > 6
