@@ -48,9 +48,18 @@ class LocalRun:
     """Starts, watches, kills and ends the local processes of one run."""
 
     def __init__(
-        self, config: RunConfig, join: str, folder: Path, *, seed: int = 0, verbose: bool = False
+        self,
+        config: RunConfig,
+        join: str,
+        folder: Path,
+        *,
+        listen: str = "127.0.0.1",
+        seed: int = 0,
+        verbose: bool = False,
     ) -> None:
-        self._config, self._join, self._folder, self._verbose = config, join, folder, verbose
+        """`listen`: where the children can be dialled; volunteers elsewhere must reach them, too."""
+        self._config, self._join, self._folder = config, join, folder
+        self._listen, self._verbose = listen, verbose
         self._rng = random.Random(seed)
         self._numbers = {"peer": 0, "trainer": 0}
         self.children: list[Child] = []
@@ -82,7 +91,7 @@ class LocalRun:
         self._numbers[kind] += 1
         log = self._folder / "logs" / f"{name}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "-m", *arguments, "--join", self._join, "--listen", "127.0.0.1"]
+        command = [sys.executable, "-m", *arguments, "--join", self._join, "--listen", self._listen]
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 *command,
@@ -116,9 +125,12 @@ class LocalRun:
             (c for c in self.children if c.process.returncode not in (None, 0) and c.name not in killed), None
         )
 
+    @property
+    def has_trainers(self) -> bool:
+        return any(c.kind == "trainer" for c in self.children)
+
     def trainers_done(self) -> bool:
-        trainers = [c for c in self.children if c.kind == "trainer"]
-        return bool(trainers) and all(not c.running for c in trainers)
+        return all(not c.running for c in self.children if c.kind == "trainer")
 
     async def stop(self) -> None:
         """End every child: SIGTERM, and SIGKILL for those that do not listen."""

@@ -99,6 +99,15 @@ class Monitor:
     def step(self) -> int:
         return max((int(v.get("step", 0)) for v in self._of("trainer").values()), default=0)
 
+    def finished(self) -> bool:
+        """Does a trainer say that it is done, after steps that peers of every stage say they took?"""
+        reached: Counter[int] = Counter()
+        for values in self._of("peer").values():
+            reached[values["stage"]] = max(reached[values["stage"]], int(values["version"]))
+        stages, steps = range(self.config.model.stages), self.config.training.steps
+        done = any(values["finished"] for values in self._of("trainer").values())
+        return done and all(reached[stage] >= steps for stage in stages)
+
     def _loss(self) -> float | None:
         losses = [v["loss"] for v in self._of("trainer").values() if v.get("loss") is not None]
         return statistics.fmean(losses) if losses else None

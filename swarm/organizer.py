@@ -28,7 +28,7 @@ from swarm.launch import LocalRun, last_line
 from swarm.manifest import pack_manifest
 from swarm.metrics import serve_metrics
 from swarm.monitor import Monitor
-from swarm.process import joined
+from swarm.process import best_address, joined
 
 REPUBLISH_S = 3600.0
 log = logging.getLogger(__name__)
@@ -54,11 +54,12 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
         await here.directory.publish_manifest(pack_manifest(dump_run(config)))
         republishing = asyncio.create_task(_republish(here.directory, config))
         await here.directory.manifest(here.network.peer_id)
-        (folder / "address").write_text(_best_address(here.addresses) + "\n")
-        command = f"swarm-peer --join {_best_address(here.addresses)}"
+        (folder / "address").write_text(best_address(here.addresses) + "\n")
+        command = f"swarm-peer --join {best_address(here.addresses)}"
         monitor = Monitor(config, folder)
         await serve_metrics(here.network, monitor.take)
-        local = LocalRun(config, _best_address(here.addresses), folder, seed=config.training.seed)
+        join, seed = best_address(here.addresses), config.training.seed
+        local = LocalRun(config, join, folder, listen=options.host, seed=seed)
         watching = _Watch(console, monitor, local, options, command)
         try:
             console.print(f"others join with:  [bold]{command}[/]", soft_wrap=True)
@@ -102,7 +103,7 @@ class _Watch:
             self._raise_if_a_child_failed()
 
     def _is_over(self) -> bool:
-        if self._local.trainers_done():
+        if self._local.trainers_done() if self._local.has_trainers else self._monitor.finished():
             return True
         minutes = self._options.minutes
         # Local trainers know the bound themselves and end with an evaluation: give them time for it.
@@ -152,12 +153,6 @@ def _fresh_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
     return folder
-
-
-def _best_address(addresses: tuple[str, ...]) -> str:
-    """One address to print: a public or local-network one if there is any."""
-    usable = [a for a in addresses if "/tcp/" in a and "/p2p-circuit" not in a] or list(addresses)
-    return next((a for a in usable if not a.startswith(("/ip4/127.", "/ip6/"))), usable[0])
 
 
 def _print_summary(console: Console, summary: dict[str, Any]) -> None:

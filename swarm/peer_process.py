@@ -13,7 +13,7 @@ from swarm.compute import ComputeThread, spread_over
 from swarm.errors import UserError
 from swarm.metrics import MetricsSender
 from swarm.peer import Peer
-from swarm.process import joined, watch_daemon
+from swarm.process import best_address, joined, watch_daemon
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ async def serve(options: PeerOptions) -> int:
         )
         log.info("run %s (%s), stage %d on %s", config.name, manifest.run, stage, device)
         await peer.join()
+        log.info("others may also join through %s", best_address(here.addresses))
         sender = MetricsSender(here.network, manifest.organizer, kind="peer", values=peer.metrics)
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -59,6 +59,12 @@ async def joined(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def best_address(addresses: tuple[str, ...]) -> str:
+    """One address to print: a public or local-network one if there is any."""
+    usable = [a for a in addresses if "/tcp/" in a and "/p2p-circuit" not in a] or list(addresses)
+    return next((a for a in usable if not a.startswith(("/ip4/127.", "/ip6/"))), usable[0])
+
+
 async def watch_daemon(network: HivemindNetwork) -> None:
     """Return when the libp2p daemon has died: without it every call would hang."""
     await network.daemon_ended()
