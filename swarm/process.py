@@ -53,6 +53,7 @@ async def joined(
                 await directory.close()
     finally:
         if p2p is not None:
+            logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its daemon calls its own end an error
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):
                     await p2p.shutdown()
