@@ -72,7 +72,7 @@ class HivemindDirectory:
         self.run = ""  # set once the manifest is known; part of every key
         self._asked = {address.rpartition("/p2p/")[2] for address in joined}
         self._stages = 0  # known with the manifest, too
-        self._addresses: dict[int, dict[PeerId, tuple[str, ...]]] = {}  # by stage, as last read
+        self._read: dict[int, tuple[float, dict[PeerId, tuple[str, ...]]]] = {}  # stage -> when, addresses
         self._looking = asyncio.Lock()
 
     @classmethod
@@ -139,7 +139,8 @@ class HivemindDirectory:
             except RejectedError as error:
                 log.warning("ignored a record %s", error)
         records = [record for record in records if record.stage == stage]
-        self._addresses[stage] = {record.peer: record.addresses for record in records}
+        addresses = {record.peer: record.addresses for record in records}
+        self._read[stage] = asyncio.get_running_loop().time(), addresses
         return records
 
     async def addresses(self, peer: PeerId) -> tuple[str, ...]:
@@ -151,7 +152,10 @@ class HivemindDirectory:
         return self._known_addresses(peer)
 
     def _known_addresses(self, peer: PeerId) -> tuple[str, ...]:
-        return next((known[peer] for known in self._addresses.values() if peer in known), ())
+        """From rosters no older than a record lives: a peer may have come back elsewhere."""
+        oldest_s = asyncio.get_running_loop().time() - self._expire_s
+        recent = [addresses for at_s, addresses in self._read.values() if at_s > oldest_s]
+        return next((addresses[peer] for addresses in recent if peer in addresses), ())
 
     def _key(self, stage: int) -> str:
         return f"swarm/{self.run}/stage/{stage}"

@@ -28,6 +28,10 @@ def test_a_peer_of_any_stage_is_found_by_its_record():
             assert await a.directory.addresses(b.network.peer_id) == ()
             await b.directory.announce(record)
             assert await a.directory.addresses(b.network.peer_id) == b.addresses
+            moved = ("/ip4/10.0.0.1/tcp/31337",)
+            await b.directory.announce(record.model_copy(update={"addresses": moved}))
+            a.directory._read = {stage: (at - 3600, read) for stage, (at, read) in a.directory._read.items()}
+            assert await a.directory.addresses(b.network.peer_id) == moved
 
     uvloop.run(main())
 
