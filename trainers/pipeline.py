@@ -228,8 +228,10 @@ class Pipeline:
 
     def _note_bad_link(self, stage: int, event: ev.HopEvent) -> None:
         """Tell the user, now and then, which peers do not reach each other: nothing else would show it."""
+        if event.kind != pb.PUSH_FAILED or event.status != pb.LINK:
+            return
         link, now_s = (event.peer, event.target), self._clock()
-        if event.kind == pb.PUSH_FAILED and event.status == pb.LINK and now_s >= self._told_s.get(link, 0.0):
+        if now_s >= self._told_s.get(link, 0.0):
             self._told_s[link] = now_s + TOLD_AGAIN_S
             log.warning(
                 "%s (stage %d) cannot push to %s: %s", link[0][-8:], stage, link[1][-8:], event.reason

@@ -21,11 +21,16 @@ from typing import Any
 
 import torch
 import uvloop
+from hivemind.compression import deserialize_tensor_stream, serialize_torch_tensor
+from hivemind.p2p import PeerID
+from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertResponse, Tensor
+from hivemind.utils.streaming import split_for_streaming
 
 from averaging.codecs import CODECS
 from averaging.network import Buffer, Calls, Frame, PeerId, Stream, answer
 from experiments.benchmarks.report import median_s, report
 from swarm.allocator import keep_freed_memory
+from swarm.process import joined
 
 VALUES = 1 << 20
 SIZES = {"64 KiB": 1 << 16, "1 MiB": 1 << 20, "8 MiB": 8 << 20}
@@ -67,13 +72,10 @@ async def _send_frame(calls: Calls, peer: PeerId, what: str, tensor: torch.Tenso
     await calls.call(peer, what.encode(), payload)
 
 
-# ---- hivemind's RPC; imported late: the daemon of an untouched process must not see our settings
+# ---- hivemind's RPC
 
 
 async def _serve_rpc(p2p: Any) -> None:
-    from hivemind.compression import deserialize_tensor_stream
-    from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertResponse, Tensor
-
     async def drop(requests: AsyncIterator[ExpertRequest], context: object) -> AsyncIterator[ExpertResponse]:
         async for _ in requests:
             pass
@@ -95,11 +97,6 @@ async def _serve_rpc(p2p: Any) -> None:
 
 
 async def _send_rpc(p2p: Any, peer: PeerId, what: str, tensor: torch.Tensor, data: bytes) -> None:
-    from hivemind.compression import serialize_torch_tensor
-    from hivemind.p2p import PeerID
-    from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertResponse, Tensor
-    from hivemind.utils.streaming import split_for_streaming
-
     async def chunks() -> AsyncIterator[ExpertRequest]:
         if what == TENSOR:
             for part in split_for_streaming(serialize_torch_tensor(tensor), CHUNK):
@@ -119,15 +116,13 @@ async def _send_rpc(p2p: Any, peer: PeerId, what: str, tensor: torch.Tensor, dat
 def _set_up(kind: str) -> None:
     """Settle what a process of this kind has around its transport."""
     if kind == THEIRS:
-        os.environ["GOMAXPROCS"] = str(os.cpu_count())  # as without us
+        os.environ["GOMAXPROCS"] = str(os.cpu_count())  # of its daemon, as without us
     else:
         keep_freed_memory()
         torch.set_num_threads(1)
 
 
 async def serve(kind: str) -> None:
-    from swarm.process import joined
-
     async with joined([]) as here:
         if kind == OURS:
 
@@ -143,8 +138,6 @@ async def serve(kind: str) -> None:
 
 async def send(kind: str, address: str) -> None:
     """For every line `WHAT,BYTES` that is asked for, say how many seconds it took."""
-    from swarm.process import joined
-
     peer = address.rsplit("/", 1)[1]
     loop = asyncio.get_running_loop()
     async with joined([address]) as here:
