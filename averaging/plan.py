@@ -22,7 +22,6 @@ class Report:
 
     weight: float
     state_hash: bytes
-    frozen: bool = False  # it was in an abandoned plan of this step and accumulates nothing more for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,6 @@ def decide(
     expected: Collection[PeerId],
     waited_s: float,
     grace_s: float,
-    all_or_nothing: bool = False,
 ) -> Decision:
     """Close the step now?
 
@@ -80,19 +78,15 @@ def decide(
         expected: live peers that should be in the plan; they are waited for `grace_s`, and longer if they
             might be a majority that cannot be reached from here.
         waited_s: seconds since the target was reached (0 if it was not).
-        all_or_nothing: close on nothing but the whole target, also after an abandoned plan.
     """
     total = sum(report.weight for report in reports.values())
-    redo = any(report.frozen for report in reports.values())
-    if total < target and (all_or_nothing or not redo):
+    if total < target:
         return Decision(False, f"{total:g} of {target:g}")
     missing = [peer for peer in expected if peer not in reports]
     if missing and not has_quorum(reports, expected):
         return Decision(False, f"{len(missing)} live peers cannot be reached and might close it, too")
     if missing and waited_s < grace_s:
         return Decision(False, f"waiting for {len(missing)} that have not reported")
-    if redo and total < target:
-        return Decision(True, f"{total:g} of {target:g} left after an abandoned plan")
     return Decision(True, f"{total:g} of {target:g} reached")
 
 

@@ -138,6 +138,10 @@ class VirtualCompute:
         self._changed.set()
 
     @property
+    def held(self) -> bool:
+        return self._queue.held
+
+    @property
     def queued(self) -> int:
         return len(self._queue)
 

@@ -162,7 +162,7 @@ class Coordinator:
             cap = MOST_TARGETS * self._config.training.target_batch_tokens
             if report.step != ballot.step or not 0 <= report.weight <= cap or len(report.state_hash) != 8:
                 raise ProtocolError(peer, f"report of weight {report.weight} for step {report.step}")
-            ballot.reports[peer] = Report(report.weight, report.state_hash, report.frozen)
+            ballot.reports[peer] = Report(report.weight, report.state_hash)
             self.consider(ballot)
         elif kind == "done" and ballot.plan is not None:
             microbatches = {i for i in message.done.microbatches[:MAX_MICROBATCHES] if len(i) == ID_BYTES}
@@ -214,10 +214,10 @@ class Coordinator:
         """Close the ballot if it is time."""
         loop = asyncio.get_running_loop()
         target = float(self._config.training.target_batch_tokens)
-        strict = self._config.training.strict
         enough = sum(report.weight for report in ballot.reports.values()) >= target
-        redo = not strict and any(report.frozen for report in ballot.reports.values())
-        if (enough or redo) and ballot.reached_s is None:
+        if not enough:
+            ballot.reached_s = None  # a reporter has died since
+        elif ballot.reached_s is None:
             ballot.reached_s = loop.time()
             grace_s = self._config.averaging.grace_s
             loop.call_later(grace_s + 0.001, self._reconsider, ballot)
@@ -227,7 +227,6 @@ class Coordinator:
             expected=self._expected(),
             waited_s=0.0 if ballot.reached_s is None else loop.time() - ballot.reached_s,
             grace_s=self._config.averaging.grace_s,
-            all_or_nothing=strict,
         )
         if decision.reason != ballot.reason:
             ballot.reason = decision.reason

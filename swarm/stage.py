@@ -147,10 +147,13 @@ class Stage:
         return [self.accumulator] if (frozen := self.frozen) is None else [frozen, self.accumulator]
 
     def freeze(self) -> Accumulator:
-        """The sum of the step that closes; from now on gradients are accumulated for the next one."""
-        if self.frozen is None:
-            self.frozen = self.accumulator
-            self.accumulator = self.empty(self.frozen.step + 1)
+        """The sum of the step that closes, with what an abandoned plan left of it.
+
+        From now on gradients are accumulated for the next step.
+        """
+        self.thaw()
+        self.frozen = self.accumulator
+        self.accumulator = self.empty(self.frozen.step + 1)
         return self.frozen
 
     def thaw(self) -> None:

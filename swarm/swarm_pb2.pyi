@@ -214,16 +214,14 @@ class WatchFrame(_message.Message):
     def __init__(self, heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ...) -> None: ...
 
 class StepReport(_message.Message):
-    __slots__ = ("step", "weight", "state_hash", "frozen")
+    __slots__ = ("step", "weight", "state_hash")
     STEP_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     STATE_HASH_FIELD_NUMBER: _ClassVar[int]
-    FROZEN_FIELD_NUMBER: _ClassVar[int]
     step: int
     weight: float
     state_hash: bytes
-    frozen: bool
-    def __init__(self, step: _Optional[int] = ..., weight: _Optional[float] = ..., state_hash: _Optional[bytes] = ..., frozen: _Optional[bool] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., weight: _Optional[float] = ..., state_hash: _Optional[bytes] = ...) -> None: ...
 
 class StepDone(_message.Message):
     __slots__ = ("ok", "microbatches")

@@ -3,7 +3,8 @@
     report the accumulated tokens to the step's coordinator whenever they change
     on the plan: freeze the accumulated gradient (a new one starts behind it)
     average it with the plan's members; tell the coordinator whether the whole mean is here
-    on the verdict: apply the mean as one optimizer step, or keep the gradient and begin anew
+    on the verdict: apply the mean as one optimizer step, or keep the gradient and begin anew: what was
+    lost with a member is computed again, so that every step has its whole target
 
 With delayed updates hops go on all the while; otherwise they wait from the freeze to the step. A
 coordinator that does not answer is passed over: the next one in the order takes its place. If it
@@ -99,7 +100,6 @@ class Updater:
         self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
         self._reporting_to: PeerId = ""
         self._seen_plans: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
-        self._redo = False  # a plan of this step was abandoned
         self._contributed: dict[int, tuple[bytes, ...]] = {}  # step -> microbatches this peer put into it
         self.state_hash = b""
         self._news = asyncio.Event()
@@ -198,9 +198,7 @@ class Updater:
     async def _report(self, stream: Stream, step: int) -> None:
         while True:
             self._news.clear()
-            report = pb.StepReport(
-                step=step, weight=self._weight(), state_hash=self.state_hash, frozen=self._redo
-            )
+            report = pb.StepReport(step=step, weight=self._weight(), state_hash=self.state_hash)
             try:
                 await stream.send(pb.FromMember(report=report).SerializeToString())
             except LinkError:
@@ -210,9 +208,7 @@ class Updater:
     def _weight(self) -> float:
         """Tokens this peer has for the step that closes."""
         most = MOST_TARGETS * self._config.training.target_batch_tokens
-        if (frozen := self._stage.frozen) is not None:
-            return min(most, float(frozen.tokens))
-        return min(most, float(self._stage.accumulator.tokens))
+        return min(most, float(sum(held.tokens for held in self._stage.sums)))
 
     async def _hear(self, stream: Stream) -> pb.FromCoordinator:
         try:
@@ -259,13 +255,9 @@ class Updater:
             done = pb.StepDone(ok=result is not None, microbatches=frozen.microbatches)
             microbatches = await self._verdict(plan, stream, done)
             if microbatches is None:
-                self._redo = True
                 self.counters["abandoned_plans"] += 1
-                if training.strict:  # what was lost with a member is computed again, for this step
-                    await self._in_compute(self._stage.thaw)
                 raise RoundAbandonedError(f"its plan of {len(plan.members)} members was abandoned")
             assert result is not None
-            self._redo = False
             self._contributed[plan.step] = tuple(frozen.microbatches)
             self._contributed.pop(plan.step - REMEMBERED_STEPS, None)
             averaging_s = asyncio.get_running_loop().time() - began_s
@@ -384,7 +376,6 @@ class Updater:
         before = self._stage.version
         if not await self._refetch():
             return
-        self._redo = False
         stale = self._stage.version - before > self._config.training.max_staleness
         for held in self._stage.sums:
             if stale or not self._server.may_count(held):
@@ -423,7 +414,6 @@ class Updater:
     async def _give_up(self, held: Accumulator) -> None:
         self.counters["orphaned"] += len(held.microbatches)
         await self._in_compute(lambda: self._stage.discard(held))
-        self._redo = self._redo and self._stage.frozen is not None
         self._server.lost_gradients(held.microbatches)
         self._server.orphans.difference_update(held.microbatches)
 

@@ -197,6 +197,10 @@ class Schedule:
         assert not sim.abandoned, sim.abandoned
         for (stage, version), hashes in sim.hashes.items():
             self.note(f"stage {stage} version {version}: {len(hashes)} states") if len(hashes) > 1 else None
+        training = sim.config.training
+        least = training.target_batch_tokens // training.microbatch_tokens
+        short = [node[:2] for node, inside in sim.contents.items() if len(inside) < least]
+        assert not short, f"steps (stage, version) closed with less than {least} gradients: {short}"
         gradients = [Counter(microbatch for microbatch, _ in sim.lineage(stage)) for stage in range(3)]
         for number in range(MICROBATCHES):
             microbatch = number.to_bytes(16, "big")

@@ -30,7 +30,7 @@ STRICT = (
 def is_computing(peer: SimPeer) -> bool:
     """It works on hops but has accumulated nothing: all that dies with it is under way."""
     hops = list(peer.peer.server.mailbox)
-    return bool(hops) and not peer.peer.stage.accumulator.tokens and not is_averaging(peer)
+    return bool(hops) and not any(s.tokens for s in peer.peer.stage.sums) and not is_averaging(peer)
 
 
 def has_accumulated(peer: SimPeer) -> bool:
@@ -39,7 +39,7 @@ def has_accumulated(peer: SimPeer) -> bool:
 
 def is_averaging(peer: SimPeer) -> bool:
     """Between the plan and the verdict."""
-    return peer.peer.stage.frozen is not None
+    return peer.compute.held
 
 
 MOMENTS: dict[str, Callable[[SimPeer], bool]] = {

@@ -55,12 +55,6 @@ def test_a_minority_does_not_close_a_step_however_long_it_waits():
     assert not decision.close and "cannot be reached" in decision.reason
 
 
-def test_after_an_abandoned_plan_the_survivors_close_with_what_is_left():
-    heard = {"a": Report(40, b"12345678", frozen=True)}
-    assert close(heard, expected=["a"]).close
-    assert not close(heard, expected=["a"], all_or_nothing=True).close
-
-
 @pytest.mark.parametrize("live", [1, 2, 3, 4, 5])
 def test_of_two_sides_of_a_broken_link_exactly_one_has_the_quorum(live):
     peers = [f"p{i}" for i in range(live)]

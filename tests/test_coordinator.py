@@ -1,0 +1,39 @@
+"""The coordinator's decisions over time, on the in-memory network."""
+
+import asyncio
+
+from averaging import virtual_time
+from averaging.memory_network import MemoryHub
+from averaging.plan import Report
+from swarm.coordinator import Ballot, Coordinator
+from tests.sim import tiny_run
+
+
+async def nothing():
+    pass
+
+
+def test_who_is_missing_is_waited_for_anew_when_the_target_is_lost_and_reached_again():
+    async def main():
+        config = tiny_run()
+        coordinator = Coordinator(
+            network=MemoryHub().network("a"),
+            config=config,
+            version=lambda: 0,
+            expected=lambda: ["a", "b", "c"],
+            reporting_to=lambda: "a",
+            suspect=lambda error: None,
+            refresh=nothing,
+        )
+        target, state = float(config.training.target_batch_tokens), b"12345678"
+        ballot = Ballot(0, reports={"a": Report(target, state), "b": Report(0, state)})
+        assert "waiting" in coordinator.consider(ballot).reason
+        ballot.reports["a"] = Report(target / 2, state)  # some of it is given up
+        assert not coordinator.consider(ballot).close
+        await asyncio.sleep(10 * config.averaging.grace_s)
+        ballot.reports["a"] = Report(target, state)
+        assert "waiting" in coordinator.consider(ballot).reason
+        await asyncio.sleep(2 * config.averaging.grace_s)
+        assert ballot.plan is not None
+
+    virtual_time.run(main())
