@@ -15,23 +15,27 @@ from typing import Any
 
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import P2P
 from hivemind.proto import crypto_pb2
 from hivemind.utils.crypto import RSAPrivateKey
+from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import get_dht_time
 
 from averaging.errors import LinkError
 from averaging.network import PeerId
 from swarm.errors import NoAnswerError, RejectedError, RunMismatchError, UserError
 from swarm.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
-from swarm.records import PeerRecord, parse_record, peer_id_of
+from swarm.records import MAX_RECORD_BYTES, PeerRecord, parse_record, peer_id_of
 
 RUN_KEY = "swarm/run"
 MANIFEST_EXPIRE_S = 24 * 3600.0
 CALL_S = 10.0
 JOIN_S = 30.0
-MAX_VALUE_BYTES = MAX_MANIFEST_BYTES + 1024  # the largest is a manifest with its signature
+LOOK_AGAIN_S = 1.0
+SIGNATURE_BYTES = 1024  # at most, with the engine's framing
+RUN_KEY_BYTES = DHTID.generate(source=RUN_KEY).to_bytes()
 _OWNER = re.compile(re.escape(RSASignatureValidator.PUBLIC_KEY_FORMAT).replace(b"_key_", b"(.+?)"))
 log = logging.getLogger(__name__)
 
@@ -54,11 +58,23 @@ def make_identity(path: Path) -> RSAPrivateKey:
 
 
 class OwnedRecords(RSASignatureValidator):
-    """Lets nothing into the DHT that has no owner's signature: a plain value would hide a whole roster."""
+    """Lets nothing into the DHT but bytes with their owner's signature.
+
+    A plain value would hide a whole roster, and one that does not decode makes every read of it hang.
+    """
 
     def validate(self, record: DHTRecord) -> bool:
-        owned = record.subkey is not None and _OWNER.search(record.subkey) is not None
-        return owned and len(record.value) <= MAX_VALUE_BYTES and super().validate(record)
+        most = MAX_MANIFEST_BYTES if record.key == RUN_KEY_BYTES else MAX_RECORD_BYTES
+        if record.subkey is None or _OWNER.search(record.subkey) is None:
+            return False
+        if len(record.value) > most + SIGNATURE_BYTES:
+            return False
+        try:
+            value = MSGPackSerializer.loads(self.strip_value(record))
+            return isinstance(value, bytes) and super().validate(record)
+        except Exception as error:  # whatever the parsers make of a stranger's bytes
+            log.debug("refused a record: %r", error)
+            return False
 
 
 class HivemindDirectory:
@@ -74,6 +90,7 @@ class HivemindDirectory:
         self._stages = 0  # known with the manifest, too
         self._read: dict[int, tuple[float, dict[PeerId, tuple[str, ...]]]] = {}  # stage -> when, addresses
         self._looking = asyncio.Lock()
+        self._looked_s = float("-inf")  # when all stages were last read for an address
 
     @classmethod
     async def join(
@@ -102,13 +119,16 @@ class HivemindDirectory:
         await self._store(RUN_KEY, data, MANIFEST_EXPIRE_S)
 
     async def manifest(self, organizer: PeerId | None = None) -> Manifest:
-        """The run that is announced here, or by `organizer`. Of several it is that of the organizer whose
-        address was joined. Raises RunMismatchError if there is none, or nothing to choose by."""
-        found = {
-            owner: value
-            for owner, value in await self._load(RUN_KEY)
-            if organizer is None or owner == organizer
-        }
+        """The run that is announced here, or by `organizer`.
+
+        Of several it is that of the organizer whose address was joined. Raises RunMismatchError if there is
+        none, or nothing to choose by, and NoAnswerError.
+        """
+        try:
+            announced = await self._load(RUN_KEY)
+        except LinkError as error:
+            raise NoAnswerError(f"no run could be read from the DHT ({error}): try again") from None
+        found = {owner: value for owner, value in announced if organizer is None or owner == organizer}
         if not found:
             raise RunMismatchError("no run is announced at this address: ask the organizer for the command")
         if len(found) > 1:
@@ -146,9 +166,11 @@ class HivemindDirectory:
     async def addresses(self, peer: PeerId) -> tuple[str, ...]:
         """Where a peer of any stage may be dialled, by its record; empty without one. Raises LinkError."""
         if not self._known_addresses(peer):
-            async with self._looking:
-                if not self._known_addresses(peer):
+            time_s = asyncio.get_running_loop().time
+            async with self._looking:  # one read answers all who wait, also when the peer is not found
+                if not self._known_addresses(peer) and time_s() > self._looked_s + LOOK_AGAIN_S:
                     await asyncio.gather(*(self.roster(stage) for stage in range(self._stages)))
+                    self._looked_s = time_s()
         return self._known_addresses(peer)
 
     def _known_addresses(self, peer: PeerId) -> tuple[str, ...]:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from averaging.errors import LinkError
 from swarm.allocator import keep_freed_memory
 from swarm.assignment import choose_stage
 from swarm.compute import ComputeThread, spread_over
-from swarm.errors import UserError
+from swarm.directory import Directory
+from swarm.errors import NoAnswerError, UserError
 from swarm.metrics import MetricsSender
 from swarm.peer import Peer
 from swarm.process import best_address, joined, watch_daemon
@@ -43,8 +45,7 @@ async def serve(options: PeerOptions) -> int:
         config = manifest.config
         stage = options.stage
         if stage is None:
-            rosters = [await here.directory.roster(number) for number in range(config.model.stages)]
-            stage, reason = choose_stage(rosters)
+            stage, reason = await _choose_stage(here.directory, config.model.stages)
             log.info("stage %d: %s", stage, reason)
         peer = Peer(
             network=here.network,
@@ -70,6 +71,15 @@ async def serve(options: PeerOptions) -> int:
             log.info("leaving")
             await asyncio.shield(peer.leave())
     return 0
+
+
+async def _choose_stage(directory: Directory, stages: int) -> tuple[int, str]:
+    try:
+        return choose_stage([await directory.roster(number) for number in range(stages)])
+    except LinkError as error:
+        raise NoAnswerError(
+            f"cannot read who serves which stage ({error}): try again, or name one with --stage"
+        ) from None
 
 
 def _device(name: str) -> str:

@@ -1,12 +1,17 @@
 """The directory on the real DHT: what is found there, and what strangers cannot do to it."""
 
+import asyncio
+
 import pytest
 import uvloop
 from hivemind.dht.node import DHTNode
+from hivemind.dht.validation import DHTRecord
+from hivemind.utils.crypto import RSAPrivateKey
+from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import get_dht_time
 
 from swarm.config import dump_run
-from swarm.dht import RUN_KEY
+from swarm.dht import MAX_RECORD_BYTES, RUN_KEY, RUN_KEY_BYTES, OwnedRecords
 from swarm.errors import RunMismatchError
 from swarm.hivemind_network import start_daemon
 from swarm.manifest import pack_manifest
@@ -17,7 +22,9 @@ from tests.sim import tiny_run
 pytestmark = pytest.mark.real
 
 
-def test_a_peer_of_any_stage_is_found_by_its_record():
+def test_a_peer_of_any_stage_is_found_by_its_record(monkeypatch):
+    monkeypatch.setattr("swarm.dht.LOOK_AGAIN_S", 0.0)
+
     async def main():
         run = tiny_run()
         async with joined([]) as a, joined([a.addresses[0]]) as b:
@@ -32,6 +39,26 @@ def test_a_peer_of_any_stage_is_found_by_its_record():
             await b.directory.announce(record.model_copy(update={"addresses": moved}))
             a.directory._read = {stage: (at - 3600, read) for stage, (at, read) in a.directory._read.items()}
             assert await a.directory.addresses(b.network.peer_id) == moved
+
+    uvloop.run(main())
+
+
+def test_one_read_answers_all_who_look_for_peers_that_are_not_there(monkeypatch):
+    monkeypatch.setattr("swarm.dht.LOOK_AGAIN_S", 60.0)
+
+    async def main():
+        async with joined([]) as here:
+            await here.directory.publish_manifest(pack_manifest(dump_run(tiny_run())))
+            await here.directory.manifest()
+            reads, roster = [], here.directory.roster
+
+            def counted(stage):
+                reads.append(stage)
+                return roster(stage)
+
+            monkeypatch.setattr(here.directory, "roster", counted)
+            looked = await asyncio.gather(*(here.directory.addresses(f"nobody{i}") for i in range(20)))
+            assert looked == [()] * 20 and sorted(reads) == [0, 1, 2]
 
     uvloop.run(main())
 
@@ -77,3 +104,23 @@ def test_a_strangers_plain_value_does_not_hide_the_records(tmp_path):
                 await daemon.shutdown()
 
     uvloop.run(main())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        (b"stage", MSGPackSerializer.dumps(b"a record"), True),
+        (b"stage", b"\xc1", False),  # no MessagePack begins like this: reading it would never end
+        (b"stage", MSGPackSerializer.dumps({"a": 1}), False),
+        (b"stage", MSGPackSerializer.dumps(b"x" * (MAX_RECORD_BYTES + 2000)), False),
+        (RUN_KEY_BYTES, MSGPackSerializer.dumps(b"x" * (MAX_RECORD_BYTES + 2000)), True),
+    ],
+)
+def test_only_short_bytes_with_their_owners_signature_enter_the_dht(key, value, allowed):
+    owner = OwnedRecords(RSAPrivateKey())
+    record = DHTRecord(key, owner.local_public_key, value, get_dht_time() + 10)
+    signed = DHTRecord(key, record.subkey, owner.sign_value(record), record.expiration_time)
+    reader = OwnedRecords(RSAPrivateKey())
+    assert reader.validate(signed) == allowed
+    assert not reader.validate(record), "without a signature"
+    assert not reader.validate(DHTRecord(key, b"[owner:nonsense]", signed.value, record.expiration_time))
