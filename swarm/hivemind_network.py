@@ -14,7 +14,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,11 +41,12 @@ PROBE_S = 1.0
 PROGRESS_S = 5.0
 FIRST_FRAME_S = 10.0
 STREAMS_EACH = 256  # that one peer may have open here
+MAX_REACHED = 16_384
 
 _TCP = re.compile(r"/ip[46]/([^/]+)/tcp/(\d+)")
-_LOOPBACK = ("127.0.0.1", "::1")
 _UNANSWERED = (P2PDaemonError, OSError, EOFError)
 Addresses = Callable[[PeerId], Awaitable[Sequence[str]]]
+Host = tuple[str, int]
 
 
 async def start_daemon(
@@ -111,6 +112,7 @@ class HivemindNetwork:
         self._loopback = MemoryHub().network(self.peer_id)  # the daemon cannot dial itself
         self._addresses: Addresses = _no_addresses
         self._served: Counter[PeerId] = Counter()  # streams that each peer has open here
+        self._reached: dict[PeerId, set[Host]] = {}  # where the daemon has been connected with each
 
     def use_addresses(self, addresses: Addresses) -> None:
         """Where to dial a peer that the daemon's own routing does not find."""
@@ -134,8 +136,9 @@ class HivemindNetwork:
             await self._connect(peer)
             try:
                 opened = await self._greeted(peer, service)
-            except _UNANSWERED as error:  # its daemon is there, and nobody behind it
-                raise LinkError(peer, f"serves no {service!r}: {_first_line(error)}", refused=True) from None
+            except _UNANSWERED as error:  # it starts or ends, or the link broke again: no proof of an end
+                raise LinkError(peer, f"serves no {service!r}: {_first_line(error)}") from None
+        await self._note_path(peer)
         reader, writer = opened
         return self._framed(peer, reader, writer, max_payload_bytes)
 
@@ -153,6 +156,17 @@ class HivemindNetwork:
             raise
         return reader, writer
 
+    async def _note_path(self, peer: PeerId) -> None:
+        """Remember at which address this peer is what answers."""
+        if peer in self._reached:
+            return
+        for info in await self._p2p.list_peers():
+            hosts = self._reached.setdefault(info.peer_id.to_base58(), set())
+            hosts.update(_hosts(str(address) for address in info.addrs))
+        self._reached.setdefault(peer, set())
+        while len(self._reached) > MAX_REACHED:
+            del self._reached[next(iter(self._reached))]
+
     async def _connect(self, peer: PeerId) -> None:
         """Connect the daemons at the addresses that `peer` has announced. Raises LinkError."""
         # Without the peer id at their end: the engine encodes that part wrongly for its daemon.
@@ -163,7 +177,8 @@ class HivemindNetwork:
             known = [Multiaddr(text) for text in addresses]
             await self._p2p._client.connect(PeerID.from_base58(peer), known)
         except P2PDaemonError as error:
-            refused = await _nobody_listens(addresses)
+            # Elsewhere an answer proves nothing: a private address may be somebody else's machine here.
+            refused = await _nobody_listens(self._reached.get(peer, set()) & _hosts(addresses))
             raise LinkError(peer, f"cannot connect: {_first_line(error)}", refused=refused) from None
 
     async def serve(self, service: str, handler: Handler, *, max_payload_bytes: int = 0) -> None:
@@ -211,15 +226,18 @@ async def _no_addresses(peer: PeerId) -> Sequence[str]:
     return ()
 
 
-async def _nobody_listens(addresses: Sequence[str]) -> bool:
+def _hosts(addresses: Iterable[str]) -> set[Host]:
+    matches = (_TCP.fullmatch(text.rsplit("/p2p/", 1)[0]) for text in addresses)
+    return {(match[1], int(match[2])) for match in matches if match}
+
+
+async def _nobody_listens(hosts: Collection[Host]) -> bool:
     """Do the machines at all these addresses answer that no process is there?
 
     Only that is proof of an end: a machine that cannot be reached from here may be alive.
     """
-    targets = [match.groups() for text in addresses if (match := _TCP.fullmatch(text))]
-    away = [target for target in targets if target[0] not in _LOOPBACK] or targets
-    answers = await asyncio.gather(*(_is_refused(host, int(port)) for host, port in away))
-    return bool(away) and len(targets) == len(addresses) and all(answers)
+    answers = await asyncio.gather(*(_is_refused(host, port) for host, port in hosts))
+    return bool(answers) and all(answers)
 
 
 async def _is_refused(host: str, port: int) -> bool:

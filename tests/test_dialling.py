@@ -40,6 +40,20 @@ def at(addresses):
     return find
 
 
+async def is_refused(network, peer):
+    """Does dialling `peer` fail with proof that it is gone?"""
+    with pytest.raises(LinkError) as caught:
+        await network.open(peer, "echo")
+    return caught.value.refused
+
+
+async def until_refused(network, peer):
+    """Wait for the daemon of a killed process to end, too."""
+    async with asyncio.timeout(10):
+        while not await is_refused(network, peer):
+            pass
+
+
 def test_a_peer_that_the_daemons_do_not_find_is_dialled_at_the_address_it_announced():
     async def main():
         async with joined([]) as a, joined([]) as b:  # no bootstrap peer in common
@@ -65,10 +79,9 @@ def test_a_killed_process_is_known_to_be_gone():
                 server.kill()
                 with pytest.raises(LinkError):
                     await stream.receive()
-                for _ in range(3):  # at once, and while the daemon waits before it dials there again
-                    with pytest.raises(LinkError) as caught:
-                        await here.network.open(peer, "echo")
-                    assert caught.value.refused, caught.value
+                await until_refused(here.network, peer)
+                for _ in range(3):  # also while the daemon waits before it dials there again
+                    assert await is_refused(here.network, peer)
         finally:
             if server.returncode is None:
                 server.kill()
@@ -77,31 +90,63 @@ def test_a_killed_process_is_known_to_be_gone():
     uvloop.run(main())
 
 
-def test_a_daemon_without_the_service_is_no_peer():
+def test_also_one_that_had_dialled_us_is_known_to_be_gone():
+    async def main():
+        async with joined([]) as here, joined([]) as other:
+            await here.network.serve("echo", echo)
+            await other.network.serve("echo", echo)
+            other.network.use_addresses(at(here.addresses))
+            here.network.use_addresses(at(other.addresses))
+            peer = other.network.peer_id
+            await Calls(other.network, "echo", deadline_s=10).call(here.network.peer_id, b"hello")
+            stream = await here.network.open(peer, "echo")  # over the connection that is there
+            other.network._p2p._child.kill()
+            with pytest.raises(LinkError):
+                await stream.receive()
+            await until_refused(here.network, peer)
+
+    uvloop.run(main())
+
+
+def test_a_process_that_does_not_serve_yet_may_be_alive():
     async def main():
         async with joined([]) as a, joined([]) as b:
             a.network.use_addresses(at(b.addresses))
             with pytest.raises(LinkError, match="serves no") as caught:
                 await a.network.open(b.network.peer_id, "echo")
-            assert caught.value.refused
+            assert not caught.value.refused
 
     uvloop.run(main())
 
 
 def test_a_dialer_that_says_nothing_is_hung_up_on(monkeypatch):
-    monkeypatch.setattr("swarm.hivemind_network.FIRST_FRAME_S", 0.2)
+    monkeypatch.setattr("swarm.hivemind_network.FIRST_FRAME_S", 1.0)
 
     async def main():
         async with joined([]) as a, joined([]) as b:
             await b.network.serve("echo", echo)
             a.network.use_addresses(at(b.addresses))
-            silent, talking = [await a.network.open(b.network.peer_id, "echo") for _ in range(2)]
+            talking = await a.network.open(b.network.peer_id, "echo")
             await talking.send(b"hello")
             assert (await talking.receive()).header == b"hello"
+            silent = await a.network.open(b.network.peer_id, "echo")
             with pytest.raises(LinkError):
                 await silent.receive()
             await talking.send(b"still here")
             assert (await talking.receive()).header == b"still here"
+
+    uvloop.run(main())
+
+
+def test_a_refusal_where_the_peer_never_answered_proves_nothing():
+    """Its private address may be somebody else's machine in this network."""
+
+    async def main():
+        async with joined([]) as here, joined([]) as other:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            here.network.use_addresses(at([f"/ip4/127.0.0.1/tcp/{port}"]))
+            assert not await is_refused(here.network, other.network.peer_id)
 
     uvloop.run(main())
 
