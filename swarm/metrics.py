@@ -109,9 +109,17 @@ class MetricsSender:
             await asyncio.sleep(pause_s)
             pause_s = period_s if await self.send() else min(30.0, 2 * pause_s)
 
-    async def send(self, **more: Any) -> bool:
+    async def send_last(self) -> None:
+        """Push the final values; tried again if the organizer does not take them at once."""
+        for pause_s in (1.0, 3.0):
+            if await self.send():
+                return
+            await asyncio.sleep(pause_s)
+        await self.send()
+
+    async def send(self) -> bool:
         """Push the present values once; False if the organizer did not take them."""
-        text = json.dumps({"kind": self._kind, **self._values(), **more})
+        text = json.dumps({"kind": self._kind, **self._values()})
         try:
             await self._calls.call(self._organizer, pb.Metrics(json=text.encode()).SerializeToString())
             return True

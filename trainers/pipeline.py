@@ -156,6 +156,7 @@ class Pipeline:
                 await asyncio.sleep(RETRY_S / 2)
                 continue
             again, heard_s = heard_s is not None, self._clock()
+            heard_before_s = self._heard_s.get(peer)
             try:
                 left = await self._listen(stream, stage, again)
             except asyncio.CancelledError:
@@ -164,7 +165,9 @@ class Pipeline:
             except LinkError as error:
                 log.info("watch stream of %s: %s", peer[-8:], error)
                 stream.abort()
-                heard_s = self._heard_s.get(peer, heard_s)
+                if self._heard_s.get(peer) == heard_before_s:
+                    await asyncio.sleep(RETRY_S)  # it takes dials and says nothing: it has no room
+                heard_s = max(heard_s, self._heard_s.get(peer, heard_s))
                 if self._clock() > heard_s + lease_s:
                     return self._gone(ev.PeerGone(peer, silent=True))
                 continue
@@ -228,13 +231,13 @@ class Pipeline:
 
     def _note_bad_link(self, stage: int, event: ev.HopEvent) -> None:
         """Tell the user, now and then, which peers do not reach each other: nothing else would show it."""
-        if event.kind != pb.PUSH_FAILED or event.status != pb.LINK:
+        if event.kind != pb.PUSH_FAILED or event.status != pb.LINK or event.target not in self._watched:
             return
         link, now_s = (event.peer, event.target), self._clock()
         if now_s >= self._told_s.get(link, 0.0):
             self._told_s[link] = now_s + TOLD_AGAIN_S
             log.warning(
-                "%s (stage %d) cannot push to %s: %s", link[0][-8:], stage, link[1][-8:], event.reason
+                "%s (stage %d) cannot push to %s: %r", link[0][-8:], stage, link[1][-8:], event.reason
             )
             while len(self._told_s) > MOST_TOLD:
                 del self._told_s[next(iter(self._told_s))]

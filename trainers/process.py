@@ -50,7 +50,7 @@ async def train(options: TrainerOptions) -> int:
                     tasks.create_task(watch_daemon(here.network)),
                 ]
                 await trainer.run()
-                await sender.send()
+                await sender.send_last()
                 for task in beside:
                     task.cancel()
         finally:
