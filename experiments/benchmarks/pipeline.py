@@ -1,6 +1,6 @@
 """Tokens per second of the same model on the same cores: plain PyTorch, our swarm, and a hub.
 
-    python -m experiments.benchmarks.pipeline [--widths 256 512 1024] [--seconds 30] [--rounds 1] [--json]
+    python -m experiments.benchmarks.pipeline [--widths 256 512 1024] [--seconds 30] [--rounds 3] [--json]
 
     plain   one process, one module, all cores; accumulates the microbatches of a step, AdamW
     swarm   the product's own commands: one peer per stage as processes, one trainer, int8 between stages
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--no-hub", action="store_true", help="only plain and swarm")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     rows, ratios = [], {}
     for width in options.widths:
