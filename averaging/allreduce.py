@@ -22,12 +22,13 @@ from google.protobuf.message import DecodeError
 from averaging.averaging_pb2 import Piece, RoundGreeting
 from averaging.codecs import INT8_BLOCK, Codec
 from averaging.errors import AveragingError, CodecError, LinkError, ProtocolError, RoundAbandonedError
-from averaging.network import Network, PeerId, Stream
+from averaging.network import Buffer, Network, PeerId, Stream
 from averaging.reduce import weighted_mean
 from averaging.shares import Slice, equal_slices, pieces
 
 SERVICE = "reduce"
 PIECE_VALUES = 1 << 18  # 1 MiB of float32: one piece is under way while the next is encoded
+RoundName = tuple[bytes, int]  # the plan's key, the number of the round
 OPEN_ROUNDS = 16  # rounds that strangers may announce before this peer has their plan
 
 
@@ -45,6 +46,7 @@ class _Reduction:
     group: tuple[PeerId, ...]
     parts: list[Slice]
     codec: Codec
+    most_weight: float  # of one member
     weights: dict[PeerId, float] = field(default_factory=dict)
     arrived: list[dict[PeerId, torch.Tensor | None]] = field(default_factory=list)
     means: list["asyncio.Future[bytes]"] = field(default_factory=list)
@@ -64,6 +66,11 @@ class _Reduction:
             self.means[index].set_result(self.codec.encode(mean))
             arrived.clear()
 
+    @property
+    def weight(self) -> float:
+        """Of all members; the same bits on every reducer."""
+        return sum(self.weights[member] for member in self.group)
+
     def fail(self, error: RoundAbandonedError) -> None:
         for mean in self.means:
             if not mean.done():
@@ -75,20 +82,31 @@ class ButterflyAllReduce:
     """Runs this peer's part of any number of rounds, as a member and as a reducer."""
 
     def __init__(self, network: Network, *, codec: Codec, progress_s: float, max_weight: float) -> None:
-        self._network, self._codec = network, codec
-        self._progress_s, self._max_weight = progress_s, max_weight
+        """`max_weight` is what no member of a plan may weigh more than."""
+        self._network, self._codec, self._progress_s = network, codec, progress_s
+        self.max_weight = max_weight
         self._max_payload_bytes = codec.size_bytes(PIECE_VALUES)
-        self._rounds: dict[tuple[bytes, int], asyncio.Future[_Reduction]] = {}
-        self._announced: dict[PeerId, tuple[bytes, int]] = {}  # rounds that others began before this peer
+        self._rounds: dict[RoundName, asyncio.Future[_Reduction]] = {}
+        self._announced: dict[PeerId, RoundName] = {}  # rounds that others began before this peer
 
     async def start(self) -> None:
         """Begin to answer the members of rounds that this peer takes part in."""
         await self._network.serve(SERVICE, self._reduce_for, max_payload_bytes=self._max_payload_bytes)
 
     async def run(
-        self, key: bytes, index: int, group: Sequence[PeerId], *, vector: torch.Tensor, weight: float
+        self,
+        name: RoundName,
+        group: Sequence[PeerId],
+        *,
+        vector: torch.Tensor,
+        weight: float,
+        most_weight: float,
     ) -> RoundResult:
         """Average `vector` ([values] float32) with the group by weight.
+
+        Args:
+            name: the plan's key and the number of the round.
+            most_weight: what no member of the group may weigh more than.
 
         Raises:
             RoundAbandonedError: a member was lost; nobody may use what arrived.
@@ -96,9 +114,9 @@ class ButterflyAllReduce:
         me = self._network.peer_id
         slices = equal_slices(vector.numel(), len(group), INT8_BLOCK)
         cuts = {peer: pieces(part, PIECE_VALUES) for peer, part in zip(group, slices, strict=True)}
-        reduction = _Reduction(tuple(group), cuts[me], self._codec)
+        reduction = _Reduction(tuple(group), cuts[me], self._codec, most_weight)
         reduction.weights[me] = weight
-        slot = self._slot(key, index)
+        slot = self._slot(name)
         if slot.done():
             raise RoundAbandonedError("this round has been run before")
         slot.set_result(reduction)
@@ -106,7 +124,7 @@ class ButterflyAllReduce:
         try:
             async with asyncio.TaskGroup() as tasks:
                 exchanges = [
-                    tasks.create_task(self._exchange(peer, (key, index), cuts[peer], vector, weight, mean))
+                    tasks.create_task(self._exchange(peer, name, cuts[peer], vector, weight, mean))
                     for peer in group
                     if peer != me and cuts[peer]
                 ]
@@ -115,29 +133,37 @@ class ButterflyAllReduce:
             reduction.fail(RoundAbandonedError("a groupmate abandoned the round"))
             raise RoundAbandonedError(str(errors.exceptions[0])) from None
         finally:
-            asyncio.get_running_loop().call_later(2 * self._progress_s, self._rounds.pop, (key, index), None)
-        sent = sum(task.result() for task in exchanges)
-        sent += sum(len(done.result()) for done in reduction.means) * (len(group) - 1)
-        return RoundResult(mean, sum(reduction.weights.values()) if cuts[me] else weight, sent)
+            asyncio.get_running_loop().call_later(2 * self._progress_s, self._rounds.pop, name, None)
+        sent = sum(len(done.result()) for done in reduction.means) * (len(group) - 1)
+        total = reduction.weight if cuts[me] else weight
+        for task in exchanges:
+            to_reducer, total = task.result()
+            sent += to_reducer
+        if not 0 <= total <= most_weight * len(group):
+            raise RoundAbandonedError(f"a mean of weight {total:g} was sent")
+        return RoundResult(mean, total, sent)
 
     async def _exchange(
         self,
         reducer: PeerId,
-        name: tuple[bytes, int],
+        name: RoundName,
         cut: list[Slice],
         vector: torch.Tensor,
         weight: float,
         mean: torch.Tensor,
-    ) -> int:
-        """Send my part of one slice to its reducer and receive its mean. Returns the bytes sent."""
+    ) -> tuple[int, float]:
+        """Send my part of one slice to its reducer and receive its mean.
+
+        Returns the bytes sent and the weight of the whole group.
+        """
         stream = await self._network.open(reducer, SERVICE, max_payload_bytes=self._max_payload_bytes)
         try:
             await stream.send(RoundGreeting(plan=name[0], round=name[1], weight=weight).SerializeToString())
             async with asyncio.TaskGroup() as tasks:
                 sending = tasks.create_task(self._send_parts(stream, cut, vector, weight))
-                tasks.create_task(self._receive_means(stream, cut, mean))
+                receiving = tasks.create_task(self._receive_means(stream, cut, mean))
             await stream.finish()
-            return sending.result()
+            return sending.result(), receiving.result()
         except* AveragingError as errors:
             stream.abort()
             raise errors.exceptions[0] from None
@@ -151,11 +177,14 @@ class ButterflyAllReduce:
                 sent += len(payload)
         return sent
 
-    async def _receive_means(self, stream: Stream, cut: list[Slice], mean: torch.Tensor) -> None:
+    async def _receive_means(self, stream: Stream, cut: list[Slice], mean: torch.Tensor) -> float:
+        """Fill in one slice of `mean`. Returns the weight that went into it."""
+        weight = 0.0
         for number, part in enumerate(cut):
             # Twice: the reducer itself waits one deadline for a member that makes no progress.
-            payload = await _receive_piece(stream, number, 2 * self._progress_s)
+            weight, payload = await _receive_piece(stream, number, 2 * self._progress_s)
             mean[part.start : part.stop] = self._decode(stream.remote, payload, part)
+        return weight
 
     async def _reduce_own(
         self, reduction: _Reduction, vector: torch.Tensor, weight: float, mean: torch.Tensor
@@ -179,7 +208,9 @@ class ButterflyAllReduce:
             async with asyncio.timeout(self._progress_s):
                 greeting = await self._greeting(stream)
                 # Shielded: the slot is shared with the other members and with `run`.
-                reduction = await asyncio.shield(self._slot(greeting.plan, greeting.round))
+                reduction = await asyncio.shield(self._slot((greeting.plan, greeting.round)))
+            if greeting.weight > reduction.most_weight:
+                raise ProtocolError(stream.remote, f"takes part with a weight of {greeting.weight:g}")
             if stream.remote not in reduction.group or stream.remote in reduction.weights:
                 raise ProtocolError(stream.remote, "is not a member of the round it wants to join")
             reduction.weights[stream.remote] = greeting.weight
@@ -198,8 +229,8 @@ class ButterflyAllReduce:
             greeting = RoundGreeting.FromString(frame.header if frame else b"")
         except DecodeError:
             raise ProtocolError(stream.remote, "malformed greeting of a round") from None
-        if len(greeting.plan) != 16 or not 0 <= greeting.weight <= self._max_weight:
-            raise ProtocolError(stream.remote, f"round of weight {greeting.weight}")
+        if len(greeting.plan) != 16 or not 0 <= greeting.weight < math.inf:
+            raise ProtocolError(stream.remote, f"malformed greeting: weight {greeting.weight}")
         name = (greeting.plan, greeting.round)
         if name not in self._rounds:
             ahead = self._announced.get(stream.remote)  # of this peer's own plan: one at a time
@@ -213,7 +244,7 @@ class ButterflyAllReduce:
         for number, part in enumerate(reduction.parts):
             values = None
             if weight > 0:
-                payload = await _receive_piece(stream, number, self._progress_s)
+                _, payload = await _receive_piece(stream, number, self._progress_s)
                 values = self._decode(stream.remote, payload, part)
             reduction.add(stream.remote, number, values)
 
@@ -221,33 +252,33 @@ class ButterflyAllReduce:
         for number in range(len(reduction.parts)):
             async with asyncio.timeout(2 * self._progress_s):
                 encoded = await asyncio.shield(reduction.means[number])
-            await stream.send(Piece(index=number).SerializeToString(), encoded)
+            await stream.send(Piece(index=number, weight=reduction.weight).SerializeToString(), encoded)
 
-    def _decode(self, sender: PeerId, payload: bytes, part: Slice) -> torch.Tensor:
+    def _decode(self, sender: PeerId, payload: Buffer, part: Slice) -> torch.Tensor:
         try:
             return self._codec.decode(payload, (len(part),))
         except CodecError as error:
             raise ProtocolError(sender, str(error)) from None
 
-    def _slot(self, key: bytes, index: int) -> "asyncio.Future[_Reduction]":
-        slot = self._rounds.get((key, index))
+    def _slot(self, name: RoundName) -> "asyncio.Future[_Reduction]":
+        slot = self._rounds.get(name)
         if slot is None:
-            slot = self._rounds[(key, index)] = asyncio.get_running_loop().create_future()
-            asyncio.get_running_loop().call_later(
-                math.ceil(12 * self._progress_s), self._rounds.pop, (key, index), None
-            )
+            slot = self._rounds[name] = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_later(12 * self._progress_s, self._rounds.pop, name, None)
         return slot
 
 
-async def _receive_piece(stream: Stream, number: int, deadline_s: float) -> bytes:
+async def _receive_piece(stream: Stream, number: int, deadline_s: float) -> tuple[float, Buffer]:
+    """The next piece, which must be `number`: its weight and its payload."""
     try:
         async with asyncio.timeout(deadline_s):
             frame = await stream.receive()
     except TimeoutError:
         raise LinkError(stream.remote, f"sent nothing for {deadline_s:.1f} s") from None
     try:
-        if frame is None or Piece.FromString(frame.header).index != number:
-            raise ProtocolError(stream.remote, f"sent something else than piece {number}")
+        piece = None if frame is None else Piece.FromString(frame.header)
     except DecodeError:
         raise ProtocolError(stream.remote, "malformed piece") from None
-    return frame.payload  # type: ignore[return-value]
+    if frame is None or piece is None or piece.index != number:
+        raise ProtocolError(stream.remote, f"sent something else than piece {number}")
+    return piece.weight, frame.payload

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61veraging/averaging.proto\x12\taveraging\"<\n\rRoundGreeting\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"\x16\n\x05Piece\x12\r\n\x05index\x18\x01 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61veraging/averaging.proto\x12\taveraging\"<\n\rRoundGreeting\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"&\n\x05Piece\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,5 +34,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUNDGREETING']._serialized_start=40
   _globals['_ROUNDGREETING']._serialized_end=100
   _globals['_PIECE']._serialized_start=102
-  _globals['_PIECE']._serialized_end=124
+  _globals['_PIECE']._serialized_end=140
 # @@protoc_insertion_point(module_scope)

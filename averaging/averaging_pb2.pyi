@@ -15,7 +15,9 @@ class RoundGreeting(_message.Message):
     def __init__(self, plan: _Optional[bytes] = ..., round: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Piece(_message.Message):
-    __slots__ = ("index",)
+    __slots__ = ("index", "weight")
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     index: int
-    def __init__(self, index: _Optional[int] = ...) -> None: ...
+    weight: float
+    def __init__(self, index: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...

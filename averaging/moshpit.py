@@ -1,12 +1,12 @@
 """Moshpit all-reduce: run the rounds of a plan, one group after the other.
 
-    for every round r of the plan:
-        find the group this peer belongs to in r (its line of the grid along dimension r)
-        all-reduce the vector within it, weighted
+    for every dimension of the plan's grid:
+        find the group this peer belongs to: its line along that dimension
+        all-reduce the vector within it, weighted; who holds the same value shares its weight
         go on with the group's mean and the group's weight
 
-On a full grid of M^d peers the last round leaves everybody with the exact weighted mean. With one
-dimension, one round does. A group of one needs no network.
+After the last round everybody holds the exact weighted mean (`averaging.grid`). With one dimension, one
+round does. A group of one needs no network.
 
 I/O through `ButterflyAllReduce`. Source: Moshpit SGD, arXiv:2103.03239, algorithm 1.
 """
@@ -27,10 +27,18 @@ async def average(
         RoundAbandonedError: a member was lost in one of the rounds; close the step anew.
     """
     sent_bytes = 0
-    for index, groups in enumerate(plan.rounds):
-        group = next(group for group in groups if me in group)
-        if len(group) > 1:
-            result = await all_reduce.run(plan.key, index, group, vector=vector, weight=weight)
+    grid, most_weight = plan.grid, all_reduce.max_weight
+    for dimension in range(grid.dimensions):
+        group = grid.group_of(me, dimension)
+        if len(group.members) > 1:
+            result = await all_reduce.run(
+                (plan.key, dimension),
+                group.members,
+                vector=vector,
+                weight=weight / group.copies_of(me),
+                most_weight=most_weight,
+            )
             vector, weight = result.mean, result.weight
             sent_bytes += result.sent_bytes
+        most_weight = all_reduce.max_weight * len(plan.members)  # members stand for whole groups now
     return RoundResult(vector, weight, sent_bytes)

@@ -2,10 +2,9 @@
 
 `coordinator_order` ranks the live peers of a stage for one step; the first that answers coordinates.
 `decide` looks at the reports a coordinator has and says whether to close now, with the reason. A `Plan`
-is that decision; the groups of every round follow from it. One dimension today: all members form one
-group; a grid of more dimensions changes `Plan.rounds` and nothing else.
+is that decision; who averages with whom in every round follows from it (`averaging.grid`).
 
-Pure. Source: rotation and one decision per step are ours; grids are Moshpit SGD's (arXiv:2103.03239).
+Pure. Source: rotation and one decision per step are ours.
 """
 
 import hashlib
@@ -13,6 +12,7 @@ import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from averaging.grid import Grid, seat
 from averaging.network import PeerId
 
 
@@ -38,11 +38,17 @@ class Plan:
     step: int
     coordinator: PeerId
     members: tuple[Member, ...]
+    group_size: int  # of the run: no coordinator chooses it
 
     @property
-    def rounds(self) -> tuple[tuple[tuple[PeerId, ...], ...], ...]:
-        """For every round the groups, each the peers of one line of the grid."""
-        return ((tuple(member.peer for member in self.members),),)
+    def grid(self) -> Grid:
+        """Who sits where, and so the groups of every round; the same for everybody who has the plan."""
+        return seat([member.peer for member in self.members], group_size=self.group_size, key=self.key)
+
+    @property
+    def weight(self) -> float:
+        """Of all members, as they reported it."""
+        return sum(member.weight for member in self.members)
 
     def __contains__(self, peer: object) -> bool:
         return any(member.peer == peer for member in self.members)
@@ -99,13 +105,15 @@ def has_quorum(present: Collection[PeerId], live: Collection[PeerId]) -> bool:
     return 2 * inside > len(live) or (2 * inside == len(live) and min(live) in present)
 
 
-def make_plan(*, step: int, coordinator: PeerId, reports: Mapping[PeerId, Report], nonce: bytes) -> Plan:
-    """Seat everybody who reported, in an order that everybody can compute."""
+def make_plan(
+    *, step: int, coordinator: PeerId, reports: Mapping[PeerId, Report], nonce: bytes, group_size: int
+) -> Plan:
+    """Take in everybody who reported; the nonce decides who sits where."""
     members = tuple(Member(peer, reports[peer].weight) for peer in sorted(reports))
     digest = hashlib.sha256(nonce + struct.pack("<Q", step) + coordinator.encode())
     for member in members:
         digest.update(f"{member.peer}:{member.weight!r};".encode())
-    return Plan(digest.digest()[:16], step, coordinator, members)
+    return Plan(digest.digest()[:16], step, coordinator, members, group_size)
 
 
 def check_plan(

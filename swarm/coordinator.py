@@ -255,6 +255,7 @@ class Coordinator:
             coordinator=self._network.peer_id,
             reports=ballot.reports,
             nonce=secrets.token_bytes(16),
+            group_size=self._config.averaging.group_size,
         )
         ballot.plan, ballot.closed_s = plan, asyncio.get_running_loop().time()
         members = [pb.PlanMember(peer=m.peer, weight=m.weight) for m in plan.members]

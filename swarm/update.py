@@ -225,7 +225,8 @@ class Updater:
 
     async def _checked(self, message: pb.StepPlan, step: int, coordinator: PeerId) -> Plan:
         members = tuple(Member(m.peer, m.weight) for m in message.members[: MAX_MEMBERS + 1])
-        plan = Plan(bytes(message.key), message.step, coordinator, members)
+        group_size = self._config.averaging.group_size
+        plan = Plan(bytes(message.key), message.step, coordinator, members, group_size)
         me_and_coordinator = {self._network.peer_id, coordinator}
         if any(member.peer not in {*self._roster(), *me_and_coordinator} for member in members):
             await self._refresh_roster()  # a newcomer that announced itself a moment ago
@@ -287,8 +288,9 @@ class Updater:
         self._server.forget_released(microbatches)
         self._server.resume_held()
         log.debug("applied step %d with %d members, state %s", plan.step, len(members), self.state_hash.hex())
-        tokens = sum(m.weight for m in plan.members)
-        done = AppliedStep(version, members, tokens, averaging_s, sent_bytes, self.state_hash, hash_before)
+        done = AppliedStep(
+            version, members, plan.weight, averaging_s, sent_bytes, self.state_hash, hash_before
+        )
         self._on_step(done)
 
     async def _average(self, plan: Plan, frozen: Accumulator, stream: Stream) -> moshpit.RoundResult | None:

@@ -29,7 +29,7 @@ class Group:
         for member in self.members:
             await member.start()
         rounds = (
-            m.run(key, 0, self.names, vector=v, weight=w)
+            m.run((key, 0), self.names, vector=v, weight=w, most_weight=1e6)
             for m, v, w in zip(self.members, vectors, weights, strict=True)
         )
         return await asyncio.gather(*rounds, return_exceptions=True)
@@ -112,7 +112,7 @@ def test_garbage_from_a_member_abandons_the_round():
 
         await liar.serve(SERVICE, never, max_payload_bytes=1 << 24)
         running = asyncio.create_task(
-            honest.run(b"k" * 16, 0, ["a", "b"], vector=torch.ones(2048), weight=1.0)
+            honest.run((b"k" * 16, 0), ["a", "b"], vector=torch.ones(2048), weight=1.0, most_weight=10)
         )
         stream = await liar.open("a", SERVICE, max_payload_bytes=1 << 24)
         await stream.send(RoundGreeting(plan=b"k" * 16, round=0, weight=1.0).SerializeToString())
@@ -128,7 +128,8 @@ def test_a_group_of_one_needs_no_network():
     async def main():
         hub = MemoryHub()
         alone = ButterflyAllReduce(hub.network("a"), codec=CODECS["int8"], progress_s=3, max_weight=10)
-        plan = make_plan(step=0, coordinator="a", reports={"a": Report(3, bytes(8))}, nonce=b"n")
+        reports = {"a": Report(3, bytes(8))}
+        plan = make_plan(step=0, coordinator="a", reports=reports, nonce=b"n", group_size=2)
         vector = torch.randn(100)
         result = await moshpit.average(plan, "a", vector=vector, weight=3.0, all_reduce=alone)
         assert torch.equal(result.mean, vector) and result.sent_bytes == 0

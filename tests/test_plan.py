@@ -65,15 +65,15 @@ def test_of_two_sides_of_a_broken_link_exactly_one_has_the_quorum(live):
 
 def test_a_plan_seats_all_reporters_and_names_itself_uniquely():
     heard = reports(b=1, a=2)
-    plan = make_plan(step=3, coordinator="a", reports=heard, nonce=b"n")
+    plan = make_plan(step=3, coordinator="a", reports=heard, nonce=b"n", group_size=2)
     assert [m.peer for m in plan.members] == ["a", "b"]
-    assert plan.rounds == ((("a", "b"),),)
+    assert [sorted(group.members) for group in plan.grid.groups(0)] == [["a", "b"]]
     assert len(plan.key) == 16
-    assert plan.key != make_plan(step=3, coordinator="a", reports=heard, nonce=b"m").key
+    assert plan.key != make_plan(step=3, coordinator="a", reports=heard, nonce=b"m", group_size=2).key
 
 
 def test_members_refuse_a_plan_that_is_not_what_they_reported():
-    plan = make_plan(step=3, coordinator="a", reports=reports(a=5, b=7), nonce=b"n")
+    plan = make_plan(step=3, coordinator="a", reports=reports(a=5, b=7), nonce=b"n", group_size=2)
     good = {"me": "b", "step": 3, "my_weight": 7.0, "roster": {"a", "b"}}
     assert check_plan(plan, **good) is None
     assert "closes step" in check_plan(plan, **good | {"step": 4})
