@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61veraging/averaging.proto\x12\taveraging\"<\n\rRoundGreeting\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"&\n\x05Piece\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61veraging/averaging.proto\x12\taveraging\"<\n\rRoundGreeting\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"&\n\x05Piece\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06weight\x18\x02 \x01(\x01\">\n\nStepReport\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x12\n\nstate_hash\x18\x03 \x01(\x0c\"#\n\x08StepDone\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\"v\n\nFromMember\x12\'\n\x06report\x18\x01 \x01(\x0b\x32\x15.averaging.StepReportH\x00\x12#\n\x04\x64one\x18\x02 \x01(\x0b\x32\x13.averaging.StepDoneH\x00\x12\x0f\n\x05\x61live\x18\x03 \x01(\x08H\x00\x42\t\n\x07\x63ontent\"*\n\nPlanMember\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"M\n\x08StepPlan\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12&\n\x07members\x18\x03 \x03(\x0b\x32\x15.averaging.PlanMember\"9\n\x07Verdict\x12\x0e\n\x06\x63ommit\x18\x01 \x01(\x08\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\x12\x11\n\tduplicate\x18\x03 \x01(\x08\"\xaf\x01\n\x0f\x46romCoordinator\x12\x0f\n\x05\x61live\x18\x01 \x01(\x08H\x00\x12\x10\n\x06\x62\x65hind\x18\x02 \x01(\x04H\x00\x12\x11\n\x07\x64rifted\x18\x03 \x01(\x08H\x00\x12#\n\x04plan\x18\x04 \x01(\x0b\x32\x13.averaging.StepPlanH\x00\x12%\n\x07verdict\x18\x05 \x01(\x0b\x32\x12.averaging.VerdictH\x00\x12\x0f\n\x05moved\x18\x06 \x01(\tH\x00\x42\t\n\x07\x63ontent\"\'\n\tStepQuery\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\x0c\n\x04step\x18\x02 \x01(\x04\"a\n\x08StepInfo\x12\x11\n\tcommitted\x18\x01 \x01(\x08\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x13\n\x0b\x63oordinator\x18\x04 \x01(\t\x12\x0f\n\x07reports\x18\x05 \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,4 +35,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUNDGREETING']._serialized_end=100
   _globals['_PIECE']._serialized_start=102
   _globals['_PIECE']._serialized_end=140
+  _globals['_STEPREPORT']._serialized_start=142
+  _globals['_STEPREPORT']._serialized_end=204
+  _globals['_STEPDONE']._serialized_start=206
+  _globals['_STEPDONE']._serialized_end=241
+  _globals['_FROMMEMBER']._serialized_start=243
+  _globals['_FROMMEMBER']._serialized_end=361
+  _globals['_PLANMEMBER']._serialized_start=363
+  _globals['_PLANMEMBER']._serialized_end=405
+  _globals['_STEPPLAN']._serialized_start=407
+  _globals['_STEPPLAN']._serialized_end=484
+  _globals['_VERDICT']._serialized_start=486
+  _globals['_VERDICT']._serialized_end=543
+  _globals['_FROMCOORDINATOR']._serialized_start=546
+  _globals['_FROMCOORDINATOR']._serialized_end=721
+  _globals['_STEPQUERY']._serialized_start=723
+  _globals['_STEPQUERY']._serialized_end=762
+  _globals['_STEPINFO']._serialized_start=764
+  _globals['_STEPINFO']._serialized_end=861
 # @@protoc_insertion_point(module_scope)

@@ -30,5 +30,17 @@ class CodecError(AveragingError):
     """Bytes that claim to be an encoded tensor are malformed, of another size, or not finite."""
 
 
+class BehindError(AveragingError):
+    """The others have gone on without this peer, or hold another state: fetch it."""
+
+
+class MovedError(AveragingError):
+    """Another peer coordinates this step: report to it."""
+
+    def __init__(self, coordinator: str) -> None:
+        super().__init__(f"moved to {coordinator[-8:]}")
+        self.coordinator = coordinator
+
+
 class RoundAbandonedError(AveragingError):
     """A round of averaging lost a member before everyone held the mean; close the step anew."""

@@ -17,6 +17,19 @@ from averaging.network import PeerId
 
 
 @dataclass(frozen=True, slots=True)
+class StepRules:
+    """What all members of a run agree on beforehand."""
+
+    target: float  # weight at which a step closes
+    max_weight: float  # nobody's vector weighs more, whatever it claims
+    group_size: int = 16
+    progress_s: float = 5.0  # silence after which a member counts as lost
+    round_s: float = 300.0  # most that the averaging of one step may take
+    grace_s: float = 1.0  # wait for live peers that have not reported when the target is reached
+    expire_s: float = 16.0  # a peer that was found dead is not expected for so long: its record lives on
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What a member has to average: `weight` (tokens), and the fingerprint of the state it starts from."""
 
@@ -54,11 +67,11 @@ class Plan:
         return any(member.peer == peer for member in self.members)
 
 
-def coordinator_order(peers: Iterable[PeerId], *, run: str, stage: int, step: int) -> list[PeerId]:
-    """The peers in the order in which they are asked to coordinate this step; the same for everybody."""
+def coordinator_order(peers: Iterable[PeerId], *, name: str, step: int) -> list[PeerId]:
+    """The peers in the order in which they are asked to coordinate this step of the run `name`."""
 
     def rank(peer: PeerId) -> bytes:
-        return hashlib.sha256(f"{run}/{stage}/{step}/{peer}".encode()).digest()
+        return hashlib.sha256(f"{name}/{step}/{peer}".encode()).digest()
 
     return sorted(peers, key=rank)
 

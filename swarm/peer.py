@@ -14,6 +14,7 @@ time on the in-memory twins.
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -51,6 +52,7 @@ class Peer:
         name: str = "",
         addresses: tuple[str, ...] = (),
         clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
         on_step: Callable[[AppliedStep], None] = lambda done: None,
     ) -> None:
         if not 0 <= stage < config.model.stages:
@@ -60,6 +62,7 @@ class Peer:
         self._network, self._directory, self._compute, self.config = network, directory, compute, config
         self._run, self._stage_number, self._device, self._name = run, stage, device, name
         self._addresses, self._clock, self._on_step = addresses, clock, on_step
+        self._rng = rng or random.SystemRandom()
         self._roster: dict[PeerId, PeerRecord] = {}
         self._tokens_seen, self._tokens_at_s = 0.0, clock()
         self._tokens_per_s = 0.0
@@ -84,6 +87,7 @@ class Peer:
             roster=self._roster.keys,
             refresh_roster=self._read_roster,
             refetch=self._refetch,
+            rng=self._rng,
             on_step=self._on_step,
         )
         self._state = StateServer(self._network, self.stage, self._compute)
@@ -133,7 +137,7 @@ class Peer:
     def close(self) -> None:
         """Stop at once."""
         self.server.close()
-        self.updater.coordinator.close()
+        self.updater.close()
         self._compute.close()
 
     def metrics(self) -> Mapping[str, Any]:

@@ -108,8 +108,11 @@ class Schedule:
             if hasattr(p.peer, "updater"):
                 updater, stage = p.peer.updater, p.peer.stage
                 self.note(f"{p.id} version {stage.version}, {stage.accumulator.tokens} tokens")
-                self.note(f"    reports to {updater._reporting_to or 'nobody'}, dead {updater._dead_s}")
-                for ballot in updater.coordinator._ballots:
+                participant = updater.participant
+                self.note(
+                    f"    reports to {participant.reporting_to or 'nobody'}, dead {participant._dead_s}"
+                )
+                for ballot in participant.coordinator._ballots:
                     self.note(f"    ballot {ballot.step}: {ballot.reason}, {sorted(ballot.reports)}")
         self.note(str(self.sim.pipeline.ledger.counters))
 

@@ -99,6 +99,7 @@ class Sim:
             run="run",
             stage=stage,
             clock=self.clock,
+            rng=random.Random(peer_id),
             on_step=lambda done: self._stepped(peer_id, stage, done),
         )
 

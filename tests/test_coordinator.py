@@ -1,12 +1,12 @@
 """The coordinator's decisions over time, on the in-memory network."""
 
 import asyncio
+import random
 
 from averaging import virtual_time
+from averaging.coordinator import Ballot, Coordinator
 from averaging.memory_network import MemoryHub
-from averaging.plan import Report
-from swarm.coordinator import Ballot, Coordinator
-from tests.sim import tiny_run
+from averaging.plan import Report, StepRules
 
 
 async def nothing():
@@ -15,25 +15,26 @@ async def nothing():
 
 def test_who_is_missing_is_waited_for_anew_when_the_target_is_lost_and_reached_again():
     async def main():
-        config = tiny_run()
+        rules = StepRules(target=8.0, max_weight=32.0)
         coordinator = Coordinator(
             network=MemoryHub().network("a"),
-            config=config,
+            rules=rules,
             version=lambda: 0,
             expected=lambda: ["a", "b", "c"],
             reporting_to=lambda: "a",
             suspect=lambda error: None,
             refresh=nothing,
+            rng=random.Random(0),
         )
-        target, state = float(config.training.target_batch_tokens), b"12345678"
+        target, state = rules.target, b"12345678"
         ballot = Ballot(0, reports={"a": Report(target, state), "b": Report(0, state)})
         assert "waiting" in coordinator.consider(ballot).reason
         ballot.reports["a"] = Report(target / 2, state)  # some of it is given up
         assert not coordinator.consider(ballot).close
-        await asyncio.sleep(10 * config.averaging.grace_s)
+        await asyncio.sleep(10 * rules.grace_s)
         ballot.reports["a"] = Report(target, state)
         assert "waiting" in coordinator.consider(ballot).reason
-        await asyncio.sleep(2 * config.averaging.grace_s)
+        await asyncio.sleep(2 * rules.grace_s)
         assert ballot.plan is not None
 
     virtual_time.run(main())

@@ -215,3 +215,17 @@ def test_a_supplier_that_supplies_nothing_is_replaced_however_often_its_neighbou
     commands = ledger.handle(Tick(), 12.1)
     assert ledger._flights[M].hops[1].peer == "1c" != supplier
     assert [type(c) for c in commands] == [Resend, Resend]  # from stages 0 and 2, what it computes from
+
+
+def test_a_stopped_peer_that_gets_a_hop_when_all_is_done_is_told_to_drop_it():
+    ledger = make_ledger(retain_until_step=True)
+    route = issue(ledger)
+    carry(ledger, route)
+    for stage in range(3):
+        for peer in (f"{stage}a", f"{stage}b"):
+            ledger.handle(SteppedEvent(int(peer[0]), peer, 1, frozenset((M,))), 2.0)
+    late = next(f"0{name}" for name in "ab" if f"0{name}" not in route.peers)
+    told = Release(late, (M,))
+    assert ledger.handle(Answered(late, M, 0, pb.ACCEPTED, push=True), 3.0) == [told]
+    assert say(ledger, late, pb.ARRIVED, 3.0) == [told]
+    assert say(ledger, late, pb.DROPPED, 3.0) == []

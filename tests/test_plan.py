@@ -28,13 +28,11 @@ def close(heard: dict[str, Report], **more):
 
 def test_every_peer_computes_the_same_order_of_coordinators():
     shuffled = random.Random(0).sample(PEERS, 4)
-    assert coordinator_order(PEERS, run="r", stage=1, step=7) == coordinator_order(
-        shuffled, run="r", stage=1, step=7
-    )
+    assert coordinator_order(PEERS, name="r/1", step=7) == coordinator_order(shuffled, name="r/1", step=7)
 
 
 def test_coordination_rotates():
-    first = [coordinator_order(PEERS, run="r", stage=0, step=step)[0] for step in range(400)]
+    first = [coordinator_order(PEERS, name="r/0", step=step)[0] for step in range(400)]
     assert all(60 <= first.count(peer) <= 140 for peer in PEERS)
 
 

@@ -216,8 +216,10 @@ class Ledger:
     def _hop_event(self, event: HopEvent, now_s: float) -> list[Command]:
         flight = self._flights.get(event.microbatch)
         stage = self._stage_of.get(event.peer)
-        if flight is None or stage is None:
-            return []  # late: the microbatch is done
+        if flight is None:  # late: a peer that was stopped got it when all was done elsewhere
+            return [] if event.kind == pb.DROPPED else [Release(event.peer, (event.microbatch,))]
+        if stage is None:
+            return []
         hop = flight.hops[stage]
         if event.kind == pb.DROPPED and hop.accumulated_by == event.peer:
             return self._given_up(flight, stage, now_s)
@@ -373,6 +375,8 @@ class Ledger:
     def _answered(self, event: Answered, now_s: float) -> list[Command]:
         flight = self._flights.get(event.microbatch)
         stage = self._stage_of.get(event.peer)
+        if flight is None and event.push and event.status == pb.ACCEPTED:
+            return [Release(event.peer, (event.microbatch,))]  # late: all is done elsewhere
         if flight is None or stage is None or flight.hops[stage].peer != event.peer:
             return []
         hop = flight.hops[stage]

@@ -313,9 +313,7 @@ class Pipeline:
     async def _release(self, command: ev.Release) -> None:
         message = pb.Microbatches(session=self.session, ids=command.microbatches)
         request = pb.HopRequest(release=message).SerializeToString()
-        for _ in range(3):
-            if command.peer not in self._watched:
-                return
+        while command.peer in self._watched:
             try:
                 await self._calls.call(command.peer, request)
                 return

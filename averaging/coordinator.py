@@ -6,7 +6,7 @@ the same streams carry back who holds the whole mean. Only if all do, the verdic
 steps alone. A reporter whose state differs from the majority's is told to fetch the state anew.
 
 Peers that should report but do not are asked where they are: one that does not answer is not waited for,
-one that has gone ahead shows that this stage has moved on, and when two coordinators collect for the
+one that has gone ahead shows that the others have moved on, and when two coordinators collect for the
 same step the one with fewer reports sends its reporters to the other.
 
 I/O: one event loop. Design section 6.
@@ -14,26 +14,23 @@ I/O: one event loop. Design section 6.
 
 import asyncio
 import logging
-import secrets
+import random
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
+from averaging import averaging_pb2 as pb
 from averaging.errors import LinkError, ProtocolError
 from averaging.network import Buffer, Calls, Frame, Network, PeerId, Stream, answer
-from averaging.plan import Decision, Plan, Report, decide, majority_hash, make_plan
-from swarm import swarm_pb2 as pb
-from swarm.config import RunConfig
-from swarm.history import ID_BYTES
+from averaging.plan import Decision, Plan, Report, StepRules, decide, majority_hash, make_plan
 
 STEP_SERVICE, QUERY_SERVICE = "step", "step-query"
 ALIVE_S = 1.0
 OPEN_BALLOTS = 8
-MOST_TARGETS = 4.0  # nobody's gradient weighs more than this many steps, whatever it claims
 REMEMBERED_PLANS = 256
-MAX_MICROBATCHES = 16_384  # of one member in one step
+MAX_IDS, ID_BYTES = 16_384, 16  # of one member in one step
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -49,8 +46,8 @@ class Ballot:
     plan: Plan | None = None
     closed_s: float | None = None  # when the plan was made
     holds: dict[PeerId, bool] = field(default_factory=dict)  # who has the whole mean, who has not
-    duplicates: set[PeerId] = field(default_factory=set)  # whose microbatches another one has, too
-    microbatches: set[bytes] = field(default_factory=set)  # that the mean is made of
+    duplicates: set[PeerId] = field(default_factory=set)  # who has something of another's in its vector
+    ids: set[bytes] = field(default_factory=set)  # of what the mean is made of
     ended: bool = False
     reason: str = ""
 
@@ -62,24 +59,23 @@ class Coordinator:
         self,
         *,
         network: Network,
-        config: RunConfig,
+        rules: StepRules,
         version: Callable[[], int],
         expected: Callable[[], Collection[PeerId]],
         reporting_to: Callable[[], PeerId],
         suspect: Callable[[LinkError], None],
         refresh: Callable[[], Awaitable[None]],
+        rng: random.Random,
     ) -> None:
-        """`expected` are the live peers of the stage, as of the last `refresh`; `reporting_to` is this peer's
-        own coordinator; `suspect` hears of every dial that failed."""
-        self._network, self._config = network, config
+        """`expected` are the live peers, this one included, as of the last `refresh`; `reporting_to` is this
+        peer's own coordinator; `suspect` hears of every dial that failed."""
+        self._network, self._rules, self._rng = network, rules, rng
         self._version, self._expected = version, expected
         self._reporting_to, self._suspect, self._refresh = reporting_to, suspect, refresh
-        self._deadline_s = config.averaging.progress_deadline_s
-        self._round_s = config.averaging.round_deadline_s
         self._ballots: list[Ballot] = []
-        self._committed: dict[bytes, tuple[bytes, ...]] = {}  # plan -> its microbatches
+        self._committed: dict[bytes, tuple[bytes, ...]] = {}  # plan -> its ids
         self._abandoned: dict[bytes, None] = {}
-        self._queries = Calls(network, QUERY_SERVICE, deadline_s=min(2.0, self._deadline_s))
+        self._queries = Calls(network, QUERY_SERVICE, deadline_s=min(2.0, self._rules.progress_s))
 
     async def start(self) -> None:
         async def serve_queries(stream: Stream) -> None:
@@ -106,7 +102,7 @@ class Coordinator:
             if peer not in self._expected():
                 await self._refresh()  # a newcomer that announced itself a moment ago
             if peer not in self._expected():
-                raise ProtocolError(peer, "is not on the roster of this stage")
+                raise ProtocolError(peer, "is not on the roster")
             step = report.report.step
             if step < self._version():
                 await self._say(stream, pb.FromCoordinator(behind=self._version()))
@@ -120,9 +116,9 @@ class Coordinator:
                 if report is not None:
                     self._take(ballot, peer, report)
                 elif ballot.plan is not None and peer not in ballot.holds:
-                    raise LinkError(peer, f"silent for {self._deadline_s:.1f} s while averaging")
-                if ballot.closed_s is not None and time_s() > ballot.closed_s + self._round_s:
-                    raise LinkError(peer, f"still averages after {self._round_s:.0f} s")
+                    raise LinkError(peer, f"silent for {self._rules.progress_s:.1f} s while averaging")
+                if ballot.closed_s is not None and time_s() > ballot.closed_s + self._rules.round_s:
+                    raise LinkError(peer, f"still averages after {self._rules.round_s:.0f} s")
                 report = await self._receive(stream)
             await self._linger(stream)
         except (LinkError, ProtocolError) as error:
@@ -139,7 +135,7 @@ class Coordinator:
     async def _receive(self, stream: Stream) -> pb.FromMember | None:
         """The next message; None after a deadline without one: reports come only when there is news."""
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(self._rules.progress_s):
                 frame = await stream.receive()
         except TimeoutError:
             return None
@@ -159,16 +155,16 @@ class Coordinator:
         kind = message.WhichOneof("content")
         if kind == "report" and ballot.plan is None and not ballot.ended:
             report = message.report
-            cap = MOST_TARGETS * self._config.training.target_batch_tokens
-            if report.step != ballot.step or not 0 <= report.weight <= cap or len(report.state_hash) != 8:
+            most = self._rules.max_weight
+            if report.step != ballot.step or not 0 <= report.weight <= most or len(report.state_hash) != 8:
                 raise ProtocolError(peer, f"report of weight {report.weight} for step {report.step}")
             ballot.reports[peer] = Report(report.weight, report.state_hash)
             self.consider(ballot)
         elif kind == "done" and ballot.plan is not None:
-            microbatches = {i for i in message.done.microbatches[:MAX_MICROBATCHES] if len(i) == ID_BYTES}
-            if not ballot.microbatches.isdisjoint(microbatches):
+            ids = {i for i in message.done.ids[:MAX_IDS] if len(i) == ID_BYTES}
+            if not ballot.ids.isdisjoint(ids):
                 ballot.duplicates.add(peer)
-            ballot.microbatches |= microbatches
+            ballot.ids |= ids
             ballot.holds[peer] = message.done.ok and peer not in ballot.duplicates
             self._finish(ballot)
 
@@ -213,20 +209,19 @@ class Coordinator:
     def consider(self, ballot: Ballot) -> Decision:
         """Close the ballot if it is time."""
         loop = asyncio.get_running_loop()
-        target = float(self._config.training.target_batch_tokens)
-        enough = sum(report.weight for report in ballot.reports.values()) >= target
+        rules = self._rules
+        enough = sum(report.weight for report in ballot.reports.values()) >= rules.target
         if not enough:
             ballot.reached_s = None  # a reporter has died since
         elif ballot.reached_s is None:
             ballot.reached_s = loop.time()
-            grace_s = self._config.averaging.grace_s
-            loop.call_later(grace_s + 0.001, self._reconsider, ballot)
+            loop.call_later(rules.grace_s + 0.001, self._reconsider, ballot)
         decision = decide(
             ballot.reports,
-            target=target,
+            target=rules.target,
             expected=self._expected(),
             waited_s=0.0 if ballot.reached_s is None else loop.time() - ballot.reached_s,
-            grace_s=self._config.averaging.grace_s,
+            grace_s=rules.grace_s,
         )
         if decision.reason != ballot.reason:
             ballot.reason = decision.reason
@@ -254,8 +249,8 @@ class Coordinator:
             step=ballot.step,
             coordinator=self._network.peer_id,
             reports=ballot.reports,
-            nonce=secrets.token_bytes(16),
-            group_size=self._config.averaging.group_size,
+            nonce=self._rng.randbytes(16),
+            group_size=self._rules.group_size,
         )
         ballot.plan, ballot.closed_s = plan, asyncio.get_running_loop().time()
         members = [pb.PlanMember(peer=m.peer, weight=m.weight) for m in plan.members]
@@ -278,7 +273,7 @@ class Coordinator:
         for peer, stream in ballot.streams.items():
             verdict = pb.Verdict(
                 commit=commit,
-                microbatches=sorted(ballot.microbatches) if commit else [],
+                ids=sorted(ballot.ids) if commit else [],
                 duplicate=peer in ballot.duplicates,
             )
             self._say_soon(stream, pb.FromCoordinator(verdict=verdict))
@@ -340,7 +335,7 @@ class Coordinator:
         info = pb.StepInfo(version=self._version(), coordinator=self._reporting_to())
         if query.plan:
             info.committed = query.plan in self._committed
-            info.microbatches.extend(self._committed.get(query.plan, ()))
+            info.ids.extend(self._committed.get(query.plan, ()))
             if not info.committed:
                 self.abandon(query.plan)
         else:
@@ -349,16 +344,16 @@ class Coordinator:
 
     # verdicts
 
-    def commit(self, plan: bytes, microbatches: tuple[bytes, ...]) -> bool:
+    def commit(self, plan: bytes, ids: tuple[bytes, ...]) -> bool:
         """Commit to `plan` unless this peer has promised not to."""
         if plan in self._abandoned:
             return False
-        _remember(self._committed, plan, microbatches)
+        _remember(self._committed, plan, ids)
         return True
 
-    def learn_committed(self, plan: bytes, microbatches: tuple[bytes, ...]) -> None:
+    def learn_committed(self, plan: bytes, ids: tuple[bytes, ...]) -> None:
         """Another member has committed to `plan`: so does this one, whatever it had promised."""
-        _remember(self._committed, plan, microbatches)
+        _remember(self._committed, plan, ids)
 
     def abandon(self, plan: bytes) -> None:
         """Promise never to commit `plan`; no-op if that was done already."""
@@ -374,7 +369,7 @@ class Coordinator:
 
     async def _say(self, stream: Stream, message: pb.FromCoordinator) -> None:
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(self._rules.progress_s):
                 await stream.send(message.SerializeToString())
         except (LinkError, TimeoutError):
             stream.abort()

@@ -1,0 +1,99 @@
+"""Average a vector with a known set of peers, again and again: the package's front door.
+
+    averager = Averager(network, peers=lambda: ids, target=4.0)
+    await averager.start()
+    mean = await averager.average(vector, weight=1.0)    # with whoever is there, until `target` is reached
+
+I/O: one event loop.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Collection
+
+import torch
+
+from averaging.allreduce import ButterflyAllReduce
+from averaging.codecs import CODECS
+from averaging.network import Network, PeerId
+from averaging.participant import Contribution, Mean, Participant
+from averaging.plan import StepRules
+
+NO_STATE = bytes(8)
+
+
+class Averager:
+    """One member; every `average` closes one step with the others."""
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        peers: Callable[[], Collection[PeerId]],
+        target: float,
+        codec: str = "int8",
+        group_size: int = 16,
+        name: str = "averager",
+    ) -> None:
+        """`peers` are the others that may take part; a step closes when the weights add up to `target`.
+
+        Raises ValueError for a mistake in the arguments.
+        """
+        if codec not in CODECS:
+            raise ValueError(f"unknown codec {codec!r}: one of {', '.join(CODECS)}")
+        if group_size < 2 or target <= 0:
+            raise ValueError(f"group_size {group_size} is below 2, or target {target} not above 0")
+        self.step = 0
+        self._rules = rules = StepRules(target=target, max_weight=target, group_size=group_size)
+        self._participant = Participant(
+            network=network,
+            all_reduce=ButterflyAllReduce(
+                network, codec=CODECS[codec], progress_s=rules.progress_s, max_weight=rules.max_weight
+            ),
+            rules=rules,
+            name=name,
+            roster=peers,
+            refresh_roster=_nothing_to_read,
+            version=lambda: self.step,
+            rng=random.SystemRandom(),
+        )
+
+    async def start(self) -> None:
+        """Answer the other members from now on."""
+        await self._participant.start()
+
+    async def average(self, vector: torch.Tensor, *, weight: float = 1.0) -> Mean:
+        """The mean of [values] float32 vectors by weight, bit-identical on all members.
+
+        Raises BehindError if the others have closed this step without this member.
+        """
+        mean = await self._participant.close_step(_Given(vector, weight))
+        self.step += 1
+        self._participant.coordinator.step_closed(self.step)
+        return mean
+
+    def close(self) -> None:
+        """Close the kept streams."""
+        self._participant.coordinator.close()
+
+
+class _Given:
+    """A contribution that does not change."""
+
+    state_hash = NO_STATE
+
+    def __init__(self, vector: torch.Tensor, weight: float) -> None:
+        self.weight, self._vector, self.changed = weight, vector, asyncio.Event()
+
+    async def prepare(self) -> None:
+        pass
+
+    async def freeze(self) -> Contribution:
+        return Contribution(self._vector, self.weight)
+
+    def abandoned(self, *, duplicate: bool) -> None:
+        pass
+
+
+async def _nothing_to_read() -> None:
+    pass

@@ -1,0 +1,241 @@
+"""Time to average a vector among processes: ours against hivemind's `DecentralizedAverager`.
+
+    python -m experiments.benchmarks.averaging [--peers 2 4 8] [--values 10000000] [--rounds 5] [--json]
+
+Every peer is a process with its own libp2p daemon. A round's time is from the moment the last peer is ready
+to the moment the last one has the mean: finding each other, deciding and committing included. The sides
+take turns; median of `--rounds` after one round to warm up. Every worker checks that what it got is the mean.
+hivemind's 8-bit codec does not decode with present numpy: `_mend_hivemind` repairs that here.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.benchmarks.report import report
+
+SIDES = {
+    "ours float32": ("ours", "float32"),
+    "ours int8": ("ours", "int8"),
+    "hivemind float32": ("hivemind", "none"),
+    "hivemind 8 bit": ("hivemind", "uniform8"),
+}
+
+
+class Workers:
+    """The processes of one side, driven line by line through their pipes."""
+
+    def __init__(self, side: str, codec: str, peers: int, values: int) -> None:
+        command = [sys.executable, "-m", "experiments.benchmarks.averaging", "--worker", side, codec]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._processes = [
+            subprocess.Popen(
+                [*command, "--values", str(values), "--peers", str(peers), "--index", str(index)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                text=True,
+                start_new_session=True,
+            )
+            for index in range(peers)
+        ]
+        addresses = self.hear()
+        self.tell(addresses)
+        self.hear()
+
+    def hear(self) -> list[Any]:
+        """One line of JSON from each."""
+        lines = [process.stdout.readline() for process in self._processes if process.stdout]
+        if not all(lines):
+            raise SystemExit(f"worker {lines.index('')} died")
+        return [json.loads(line) for line in lines]
+
+    def tell(self, what: Any) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(what) + "\n")
+            process.stdin.flush()
+
+    def round(self) -> dict[str, float]:
+        self.tell("go")
+        said = self.hear()
+        return {
+            "s": max(each["end"] for each in said) - max(each["begin"] for each in said),
+            "error": max(each["error"] for each in said),
+            "copies": max(each["copies"] for each in said),
+            "identical": float(len({each["hash"] for each in said}) == 1),
+        }
+
+    def close(self) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+            process.wait()
+
+
+def measure(peers: int, values: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Medians of every side with so many peers."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+    for name, (side, codec) in SIDES.items():
+        workers = Workers(side, codec, peers, values)
+        try:
+            workers.round()
+            found[name] = [workers.round() for _ in range(rounds)]
+        finally:
+            workers.close()
+        print(peers, name, [round(each["s"], 3) for each in found[name]], file=sys.stderr)
+    return {
+        name: {key: statistics.median(each[key] for each in runs) for key in runs[0]}
+        for name, runs in found.items()
+    }
+
+
+# a worker
+
+
+class _Vector:
+    """This peer's part, and the check of what came out of it."""
+
+    def __init__(self, index: int, peers: int, values: int) -> None:
+        self.values, self.peers = values, peers
+        self._base_bytes = _memory_bytes("VmRSS")
+        self.own = self._of(index)
+
+    def _of(self, index: int) -> torch.Tensor:
+        return torch.randn(self.values, generator=torch.Generator().manual_seed(index))
+
+    def said(self, began: float, ended: float, mean: torch.Tensor) -> dict[str, Any]:
+        copies = (_memory_bytes("VmHWM") - self._base_bytes) / (4 * self.values)
+        exact = torch.zeros(self.values)
+        for index in range(self.peers):
+            exact += self._of(index) / self.peers
+        error = float((mean - exact).norm() / exact.norm())
+        digest = hashlib.sha256(mean.numpy().tobytes()).hexdigest()
+        Path("/proc/self/clear_refs").write_text("5")  # the check's own memory does not count
+        return {"begin": began, "end": ended, "error": error, "hash": digest, "copies": copies}
+
+
+def _memory_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def _say(what: Any) -> None:
+    print(json.dumps(what), flush=True)
+
+
+async def _hear() -> Any:
+    return json.loads(await asyncio.to_thread(sys.stdin.readline))
+
+
+async def work_ours(codec: str, index: int, peers: int, values: int) -> None:
+    """Rounds of our own averager whenever a line comes in."""
+    from averaging.averager import Averager
+    from swarm.allocator import keep_freed_memory
+    from swarm.process import joined
+
+    keep_freed_memory()
+    async with joined([]) as here:
+        _say([here.network.peer_id, *here.addresses])
+        known = {peer: addresses for peer, *addresses in await _hear()}
+
+        async def addresses_of(peer: str) -> list[str]:
+            return known[peer]
+
+        here.network.use_addresses(addresses_of)
+        others = [peer for peer in known if peer != here.network.peer_id]
+        averager = Averager(here.network, peers=lambda: others, target=float(peers), codec=codec)
+        await averager.start()
+        vector = _Vector(index, peers, values)
+        _say("ready")
+        while await _hear() == "go":
+            began = time.monotonic()
+            mean = (await averager.average(vector.own)).vector
+            _say(vector.said(began, time.monotonic(), mean))
+
+
+def work_hivemind(codec: str, index: int, peers: int, values: int) -> None:
+    """The same with hivemind's averager, as its documentation sets it up."""
+    _mend_hivemind()
+    from hivemind import DHT
+    from hivemind.averaging import DecentralizedAverager
+    from hivemind.compression import NoCompression, Uniform8BitQuantization
+
+    first = DHT(start=True) if index == 0 else None
+    _say([str(address) for address in first.get_visible_maddrs()] if first else [])
+    addresses = json.loads(sys.stdin.readline())[0]
+    dht = first or DHT(initial_peers=addresses, start=True)
+    vector = _Vector(index, peers, values)
+    own = vector.own.clone()
+    averager = DecentralizedAverager(
+        [own],
+        dht,
+        start=True,
+        prefix="benchmark",
+        target_group_size=peers,
+        min_group_size=peers,
+        compression=NoCompression() if codec == "none" else Uniform8BitQuantization(),
+    )
+    _say("ready")
+    while json.loads(sys.stdin.readline()) == "go":
+        with averager.get_tensors() as tensors:
+            tensors[0][...] = vector.own
+        began = time.monotonic()
+        averager.step(timeout=60)
+        ended = time.monotonic()
+        with averager.get_tensors() as tensors:
+            _say(vector.said(began, ended, tensors[0].clone()))
+
+
+def _mend_hivemind() -> None:
+    """numpy 2.4 no longer makes an int of an array of one element, as hivemind's 8-bit codec asks it to.
+
+    The name is looked up in the codec's module first: there it gets one that does.
+    """
+    import numpy
+    from hivemind.compression import quantization
+
+    vars(quantization)["int"] = lambda value: int(numpy.asarray(value).reshape(-1)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--peers", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--values", type=int, default=10_000_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--worker", nargs=2, metavar=("SIDE", "CODEC"), help=argparse.SUPPRESS)
+    parser.add_argument("--index", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        side, codec = options.worker
+        torch.set_num_threads(1)
+        if side == "ours":
+            import uvloop
+
+            return uvloop.run(work_ours(codec, options.index, options.peers[0], options.values))
+        return work_hivemind(codec, options.index, options.peers[0], options.values)
+    rows, ratios = [], {}
+    for peers in options.peers:
+        found = measure(peers, options.values, options.rounds)
+        for name, figures in found.items():
+            rows.append({"peers": peers, "side": name} | figures)
+        ratios[f"speedup_{peers}peers_none"] = found["hivemind float32"]["s"] / found["ours float32"]["s"]
+        ratios[f"speedup_{peers}peers_8bit"] = found["hivemind 8 bit"]["s"] / found["ours int8"]["s"]
+    report("averaging", rows, ratios, options.json)
+
+
+if __name__ == "__main__":
+    main()
