@@ -22,12 +22,14 @@ from google.protobuf.message import DecodeError
 from averaging.averaging_pb2 import Piece, RoundGreeting
 from averaging.codecs import INT8_BLOCK, Codec
 from averaging.errors import AveragingError, CodecError, LinkError, ProtocolError, RoundAbandonedError
-from averaging.network import Buffer, Network, PeerId, Stream
+from averaging.network import Buffer, Frame, Network, PeerId, Stream
 from averaging.reduce import weighted_mean
 from averaging.shares import Slice, equal_slices, pieces
 
 SERVICE = "reduce"
 PIECE_VALUES = 1 << 18  # 1 MiB of float32: one piece is under way while the next is encoded
+Part = Buffer | torch.Tensor | None  # encoded, or my own; None without weight
+FRAME_BYTES = 12  # of every frame, beside header and payload
 RoundName = tuple[bytes, int]  # the plan's key, the number of the round
 OPEN_ROUNDS = 16  # rounds that strangers may announce before this peer has their plan
 
@@ -48,23 +50,30 @@ class _Reduction:
     codec: Codec
     most_weight: float  # of one member
     weights: dict[PeerId, float] = field(default_factory=dict)
-    arrived: list[dict[PeerId, torch.Tensor | None]] = field(default_factory=list)
-    means: list["asyncio.Future[bytes]"] = field(default_factory=list)
+    arrived: list[dict[PeerId, Part]] = field(default_factory=list)
+    means: list["asyncio.Future[Frame]"] = field(default_factory=list)  # as everybody gets them
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
         self.arrived = [{} for _ in self.parts]
         self.means = [loop.create_future() for _ in self.parts]
 
-    def add(self, peer: PeerId, index: int, values: torch.Tensor | None) -> None:
-        """Take a part; reduce the piece if it was the last one missing."""
+    def add(self, peer: PeerId, index: int, part: Part) -> None:
+        """Take a part; reduce the piece if it was the last one missing. Raises ProtocolError."""
         arrived = self.arrived[index]
-        arrived[peer] = values
+        arrived[peer] = part
         if len(arrived) == len(self.group) and not self.means[index].done():
-            ordered = [(self.weights[member], arrived[member]) for member in self.group]
+            ordered = [(self.weights[m], self._values(m, arrived[m], index)) for m in self.group]
             mean = weighted_mean(ordered, len(self.parts[index]))
-            self.means[index].set_result(self.codec.encode(mean))
+            header = Piece(index=index, weight=self.weight).SerializeToString()
+            self.means[index].set_result(Frame(header, self.codec.encode(mean)))
             arrived.clear()
+
+    def _values(self, sender: PeerId, part: Part, index: int) -> torch.Tensor | None:
+        """Decoded now, not when it arrived: parts that wait for the slowest member stay small."""
+        if part is None or isinstance(part, torch.Tensor):
+            return part
+        return decode(self.codec, sender, part, self.parts[index])
 
     @property
     def weight(self) -> float:
@@ -134,7 +143,7 @@ class ButterflyAllReduce:
             raise RoundAbandonedError(str(errors.exceptions[0])) from None
         finally:
             asyncio.get_running_loop().call_later(2 * self._progress_s, self._rounds.pop, name, None)
-        sent = sum(len(done.result()) for done in reduction.means) * (len(group) - 1)
+        sent = (len(group) - 1) * sum(_wire_bytes(done.result()) for done in reduction.means)
         total = reduction.weight if cuts[me] else weight
         for task in exchanges:
             to_reducer, total = task.result()
@@ -173,8 +182,9 @@ class ButterflyAllReduce:
         if weight > 0:  # a part of no weight needs no bytes
             for number, part in enumerate(cut):
                 payload = self._codec.encode(vector[part.start : part.stop])
-                await stream.send(Piece(index=number).SerializeToString(), payload)
-                sent += len(payload)
+                frame = Frame(Piece(index=number).SerializeToString(), payload)
+                await stream.send(frame.header, frame.payload)
+                sent += _wire_bytes(frame)
         return sent
 
     async def _receive_means(self, stream: Stream, cut: list[Slice], mean: torch.Tensor) -> float:
@@ -183,7 +193,7 @@ class ButterflyAllReduce:
         for number, part in enumerate(cut):
             # Twice: the reducer itself waits one deadline for a member that makes no progress.
             weight, payload = await _receive_piece(stream, number, 2 * self._progress_s)
-            mean[part.start : part.stop] = self._decode(stream.remote, payload, part)
+            mean[part.start : part.stop] = decode(self._codec, stream.remote, payload, part)
         return weight
 
     async def _reduce_own(
@@ -195,11 +205,11 @@ class ButterflyAllReduce:
         for number, part in enumerate(reduction.parts):
             try:
                 async with asyncio.timeout(2 * self._progress_s):
-                    encoded = await asyncio.shield(reduction.means[number])
+                    frame = await asyncio.shield(reduction.means[number])
             except TimeoutError:
                 absent = len(reduction.group) - len(reduction.arrived[number])
                 raise RoundAbandonedError(f"{absent} members sent nothing") from None
-            mean[part.start : part.stop] = self._codec.decode(encoded, (len(part),))
+            mean[part.start : part.stop] = self._codec.decode(frame.payload, (len(part),))
 
     async def _reduce_for(self, stream: Stream) -> None:
         """Serve one member of a round that I reduce a slice of."""
@@ -241,24 +251,17 @@ class ButterflyAllReduce:
         return greeting
 
     async def _receive_parts(self, stream: Stream, reduction: _Reduction, weight: float) -> None:
-        for number, part in enumerate(reduction.parts):
-            values = None
+        for number in range(len(reduction.parts)):
+            payload = None
             if weight > 0:
                 _, payload = await _receive_piece(stream, number, self._progress_s)
-                values = self._decode(stream.remote, payload, part)
-            reduction.add(stream.remote, number, values)
+            reduction.add(stream.remote, number, payload)
 
     async def _send_means(self, stream: Stream, reduction: _Reduction) -> None:
         for number in range(len(reduction.parts)):
             async with asyncio.timeout(2 * self._progress_s):
-                encoded = await asyncio.shield(reduction.means[number])
-            await stream.send(Piece(index=number, weight=reduction.weight).SerializeToString(), encoded)
-
-    def _decode(self, sender: PeerId, payload: Buffer, part: Slice) -> torch.Tensor:
-        try:
-            return self._codec.decode(payload, (len(part),))
-        except CodecError as error:
-            raise ProtocolError(sender, str(error)) from None
+                mean = await asyncio.shield(reduction.means[number])
+            await stream.send(mean.header, mean.payload)
 
     def _slot(self, name: RoundName) -> "asyncio.Future[_Reduction]":
         slot = self._rounds.get(name)
@@ -266,6 +269,18 @@ class ButterflyAllReduce:
             slot = self._rounds[name] = asyncio.get_running_loop().create_future()
             asyncio.get_running_loop().call_later(12 * self._progress_s, self._rounds.pop, name, None)
         return slot
+
+
+def _wire_bytes(frame: Frame) -> int:
+    return FRAME_BYTES + len(frame.header) + len(frame.payload)
+
+
+def decode(codec: Codec, sender: PeerId, payload: Buffer, part: Slice) -> torch.Tensor:
+    """What `sender` sent of one piece, [len(part)] float32. Raises ProtocolError."""
+    try:
+        return codec.decode(payload, (len(part),))
+    except CodecError as error:
+        raise ProtocolError(sender, str(error)) from None
 
 
 async def _receive_piece(stream: Stream, number: int, deadline_s: float) -> tuple[float, Buffer]:

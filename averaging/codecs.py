@@ -30,8 +30,8 @@ class Codec(Protocol):
         """Exact encoded size of a tensor with that many values."""
         ...
 
-    def encode(self, tensor: torch.Tensor) -> bytes:
-        """Encode a floating-point tensor of any shape."""
+    def encode(self, tensor: torch.Tensor) -> Buffer:
+        """Encode a floating-point tensor of any shape; the result may share its memory."""
         ...
 
     def decode(self, data: Buffer, shape: tuple[int, ...]) -> torch.Tensor:
@@ -46,13 +46,14 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _to_bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Its bytes, not copied if it lies contiguous in memory."""
+    return tensor.contiguous().view(torch.uint8).cpu().numpy().data
 
 
 def _from_bytes(data: Buffer, dtype: torch.dtype) -> torch.Tensor:
-    writable = data if isinstance(data, bytearray) else bytearray(data)  # torch has no read-only tensors
-    return torch.frombuffer(writable, dtype=dtype)
+    view = memoryview(data)
+    return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=dtype)  # none is read-only
 
 
 class _Cast:
@@ -64,10 +65,10 @@ class _Cast:
     def size_bytes(self, values: int) -> int:
         return values * self._dtype.itemsize
 
-    def encode(self, tensor: torch.Tensor) -> bytes:
+    def encode(self, tensor: torch.Tensor) -> Buffer:
         if self._dtype is torch.float16:  # saturate: an overflow to infinity would be rejected as garbage
             tensor = tensor.clamp(-65504.0, 65504.0)
-        return _to_bytes(tensor.detach().to(self._dtype).reshape(-1))
+        return _bytes_of(tensor.detach().to(self._dtype).reshape(-1))
 
     def decode(self, data: Buffer, shape: tuple[int, ...]) -> torch.Tensor:
         _check_length(self, data, shape)
@@ -87,7 +88,7 @@ class _Int8:
     def size_bytes(self, values: int) -> int:
         return values + 4 * _blocks(values)
 
-    def encode(self, tensor: torch.Tensor) -> bytes:
+    def encode(self, tensor: torch.Tensor) -> Buffer:
         flat = tensor.detach().to(torch.float32).reshape(-1)
         values, blocks = flat.numel(), _blocks(flat.numel())
         padded = (
@@ -100,7 +101,7 @@ class _Int8:
         scale = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).div_(127.0)
         inverse = torch.where(scale > 0, scale.reciprocal(), torch.zeros_like(scale)).clamp_(max=3e38)
         codes = torch.mul(rows, inverse.unsqueeze(1)).round_().to(torch.int8)
-        return _to_bytes(scale) + _to_bytes(codes.view(-1)[:values])
+        return b"".join((_bytes_of(scale), _bytes_of(codes.view(-1)[:values])))
 
     def decode(self, data: Buffer, shape: tuple[int, ...]) -> torch.Tensor:
         _check_length(self, data, shape)
@@ -112,11 +113,7 @@ class _Int8:
         scale = _from_bytes(view[: 4 * blocks], torch.float32)
         if not bool(torch.isfinite(scale).all()):
             raise CodecError("tensor is not finite")
-        codes = (
-            torch.frombuffer(data, dtype=torch.int8, offset=4 * blocks, count=values)
-            if isinstance(data, bytearray)
-            else _from_bytes(view[4 * blocks :], torch.int8)
-        )
+        codes = _from_bytes(view[4 * blocks :], torch.int8)
         if values < blocks * INT8_BLOCK:
             codes = torch.cat([codes, torch.zeros(blocks * INT8_BLOCK - values, dtype=torch.int8)])
         out = torch.mul(codes.view(blocks, INT8_BLOCK), scale.unsqueeze(1))

@@ -102,6 +102,7 @@ class Participant:
         self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
         self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
         self._seen_plans: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
+        self._finishing: set[asyncio.Task[None]] = set()
         self.reporting_to: PeerId = ""
         self.coordinator = Coordinator(
             network=network,
@@ -170,13 +171,19 @@ class Participant:
         try:
             plan = await self._report_until_plan(stream, step, contributor)
             mean = await self._carry_out(plan, stream, contributor)
-            await stream.finish()
+            self._finish_soon(stream)
             return mean
         except BaseException:
             stream.abort()
             raise
         finally:
             self.reporting_to = ""
+
+    def _finish_soon(self, stream: Stream) -> None:
+        """Close in order, while the mean is being used."""
+        task = asyncio.create_task(_finish(stream))
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
 
     async def _report_until_plan(self, stream: Stream, step: int, contributor: Contributor) -> Plan:
         reporting = asyncio.create_task(_report(stream, step, contributor))
@@ -318,6 +325,13 @@ class Participant:
             return await self.coordinator.query(peer, pb.StepQuery(plan=plan.key))
         except LinkError as error:
             return None if error.refused else peer
+
+
+async def _finish(stream: Stream) -> None:
+    try:
+        await stream.finish()
+    except LinkError:
+        stream.abort()
 
 
 def _abort_if_failed(stream: Stream, task: "asyncio.Task[RoundResult | None]") -> None:

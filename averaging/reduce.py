@@ -13,10 +13,11 @@ def weighted_mean(parts: Sequence[tuple[float, torch.Tensor | None]], values: in
 
     Shapes: every part [values] float32; result [values] float32.
     """
-    total = sum(weight for weight, part in parts if part is not None)
-    mean = torch.zeros(values)
-    if total > 0:
-        for weight, part in parts:
-            if part is not None and weight > 0:
-                mean.add_(part, alpha=weight / total)
+    given = [(weight, part) for weight, part in parts if part is not None and weight > 0]
+    if not given:
+        return torch.zeros(values)
+    total = sum(weight for weight, _ in given)
+    mean = given[0][1] * (given[0][0] / total)
+    for weight, part in given[1:]:
+        mean.add_(part, alpha=weight / total)
     return mean

@@ -7,8 +7,8 @@ A peer allocates the same sizes over and over: reusing them saves a few per cent
 import ctypes
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # from malloc.h
-KEEP_BYTES, LARGEST_BYTES = 2**31 - 1, 32 << 20
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # from malloc.h
+KEEP_BYTES = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
@@ -20,5 +20,5 @@ def keep_freed_memory() -> None:
     except AttributeError:
         return
     mallopt(M_ARENA_MAX, 1)  # a thread's own arena gives back 64 MB at a time, whatever the thresholds say
-    mallopt(M_MMAP_THRESHOLD, LARGEST_BYTES)
+    mallopt(M_MMAP_MAX, 0)  # vectors of any size come from the heap and go back there
     mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)

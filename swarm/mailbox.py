@@ -34,7 +34,7 @@ class Phase(Enum):
 class Sent:
     """A tensor as it went over the wire."""
 
-    data: bytes
+    data: Buffer
     shape: tuple[int, ...]
 
 

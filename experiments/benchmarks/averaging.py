@@ -70,13 +70,15 @@ class Workers:
 
     def round(self) -> dict[str, float]:
         self.tell("go")
-        said = self.hear()
-        return {
+        times = self.hear()
+        self.tell("check")
+        said = [time | check for time, check in zip(times, self.hear(), strict=True)]
+        figures = {
             "s": max(each["end"] for each in said) - max(each["begin"] for each in said),
-            "error": max(each["error"] for each in said),
-            "copies": max(each["copies"] for each in said),
             "identical": float(len({each["hash"] for each in said}) == 1),
         }
+        worst = said[0].keys() - {"begin", "end", "hash"}
+        return figures | {name: max(each[name] for each in said) for name in sorted(worst)}
 
     def close(self) -> None:
         for process in self._processes:
@@ -110,21 +112,22 @@ class _Vector:
 
     def __init__(self, index: int, peers: int, values: int) -> None:
         self.values, self.peers = values, peers
-        self._base_bytes = _memory_bytes("VmRSS")
+        self._base_bytes, self._copies = _memory_bytes("VmRSS"), 0.0
         self.own = self._of(index)
 
     def _of(self, index: int) -> torch.Tensor:
         return torch.randn(self.values, generator=torch.Generator().manual_seed(index))
 
-    def said(self, began: float, ended: float, mean: torch.Tensor) -> dict[str, Any]:
-        copies = (_memory_bytes("VmHWM") - self._base_bytes) / (4 * self.values)
+    def check(self, mean: torch.Tensor) -> dict[str, Any]:
+        """Is it the mean? And what did the first round need beyond what was there before, in vectors?"""
+        if not self._copies:  # before the first check, whose memory would count
+            self._copies = (_memory_bytes("VmHWM") - self._base_bytes) / (4 * self.values)
         exact = torch.zeros(self.values)
         for index in range(self.peers):
             exact += self._of(index) / self.peers
         error = float((mean - exact).norm() / exact.norm())
         digest = hashlib.sha256(mean.numpy().tobytes()).hexdigest()
-        Path("/proc/self/clear_refs").write_text("5")  # the check's own memory does not count
-        return {"begin": began, "end": ended, "error": error, "hash": digest, "copies": copies}
+        return {"error": error, "hash": digest, "copies": self._copies}
 
 
 def _memory_bytes(field: str) -> int:
@@ -143,6 +146,7 @@ async def _hear() -> Any:
 async def work_ours(codec: str, index: int, peers: int, values: int) -> None:
     """Rounds of our own averager whenever a line comes in."""
     from averaging.averager import Averager
+    from averaging.codecs import CODECS
     from swarm.allocator import keep_freed_memory
     from swarm.process import joined
 
@@ -162,8 +166,12 @@ async def work_ours(codec: str, index: int, peers: int, values: int) -> None:
         _say("ready")
         while await _hear() == "go":
             began = time.monotonic()
-            mean = (await averager.average(vector.own)).vector
-            _say(vector.said(began, time.monotonic(), mean))
+            mean = await averager.average(vector.own)
+            _say({"begin": began, "end": time.monotonic()})
+            await _hear()  # when all are done: the check takes the cores
+            ideal_bytes = 2 * (peers - 1) / peers * CODECS[codec].size_bytes(values)
+            _say(vector.check(mean.vector) | {"wire": mean.sent_bytes / ideal_bytes})
+            del mean
 
 
 def work_hivemind(codec: str, index: int, peers: int, values: int) -> None:
@@ -194,9 +202,10 @@ def work_hivemind(codec: str, index: int, peers: int, values: int) -> None:
             tensors[0][...] = vector.own
         began = time.monotonic()
         averager.step(timeout=60)
-        ended = time.monotonic()
+        _say({"begin": began, "end": time.monotonic()})
+        sys.stdin.readline()
         with averager.get_tensors() as tensors:
-            _say(vector.said(began, ended, tensors[0].clone()))
+            _say(vector.check(tensors[0].clone()))
 
 
 def _mend_hivemind() -> None:
@@ -232,6 +241,7 @@ def main() -> None:
         found = measure(peers, options.values, options.rounds)
         for name, figures in found.items():
             rows.append({"peers": peers, "side": name} | figures)
+        ratios["wire_overhead"] = max(ratios.get("wire_overhead", 0.0), found["ours int8"]["wire"])
         ratios[f"speedup_{peers}peers_none"] = found["hivemind float32"]["s"] / found["ours float32"]["s"]
         ratios[f"speedup_{peers}peers_8bit"] = found["hivemind 8 bit"]["s"] / found["ours int8"]["s"]
     report("averaging", rows, ratios, options.json)
