@@ -1,11 +1,15 @@
 """Time to average a vector among processes: ours against hivemind's `DecentralizedAverager`.
 
     python -m experiments.benchmarks.averaging [--peers 2 4 8] [--values 10000000] [--rounds 5] [--json]
+    python -m experiments.benchmarks.averaging --faults [--rounds 3]    four peers, one killed or stopped
 
 Every peer is a process with its own libp2p daemon. A round's time is from the moment the last peer is ready
 to the moment the last one has the mean: finding each other, deciding and committing included. The sides
 take turns; median of `--rounds` after one round to warm up. Every worker checks that what it got is the mean.
 hivemind's 8-bit codec does not decode with present numpy: `_mend_hivemind` repairs that here.
+
+With `--faults` one of four is sent SIGKILL or SIGSTOP in the middle of a round, and the time counts from then
+until the last survivor returns; the error is that to the nearer of the means with and without the victim.
 """
 
 import argparse
@@ -14,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -77,8 +82,26 @@ class Workers:
             "s": max(each["end"] for each in said) - max(each["begin"] for each in said),
             "identical": float(len({each["hash"] for each in said}) == 1),
         }
-        worst = said[0].keys() - {"begin", "end", "hash"}
+        worst = said[0].keys() - {"begin", "end", "hash", "error without the last"}
         return figures | {name: max(each[name] for each in said) for name in sorted(worst)}
+
+    def faulty_round(self, fault: signal.Signals, after_s: float) -> dict[str, float]:
+        """Send `fault` to the last worker `after_s` into a round."""
+        self.tell("go")
+        time.sleep(after_s)
+        victim = self._processes.pop()
+        os.killpg(victim.pid, fault)
+        struck = time.monotonic()
+        ended = max(each["end"] for each in self.hear())
+        self.tell("check")
+        said = self.hear()
+        os.killpg(victim.pid, signal.SIGKILL)
+        victim.wait()
+        return {
+            "s": ended - struck,
+            "identical": float(len({each["hash"] for each in said}) == 1),
+            "error": max(min(each["error"], each["error without the last"]) for each in said),
+        }
 
     def close(self) -> None:
         for process in self._processes:
@@ -104,6 +127,20 @@ def measure(peers: int, values: int, rounds: int) -> dict[str, dict[str, float]]
     }
 
 
+def measure_fault(side: str, fault: signal.Signals, values: int, rounds: int) -> dict[str, float]:
+    """Medians over rounds of four peers, in the middle of each of which the last one is lost."""
+    runs = []
+    for _ in range(rounds):
+        workers = Workers(*SIDES[side], 4, values)
+        try:
+            usual_s = [workers.round()["s"] for _ in range(3)][-1]
+            runs.append(workers.faulty_round(fault, 0.4 * usual_s))
+        finally:
+            workers.close()
+        print(side, fault.name, runs[-1], file=sys.stderr)
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
 # a worker
 
 
@@ -122,12 +159,16 @@ class _Vector:
         """Is it the mean? And what did the first round need beyond what was there before, in vectors?"""
         if not self._copies:  # before the first check, whose memory would count
             self._copies = (_memory_bytes("VmHWM") - self._base_bytes) / (4 * self.values)
-        exact = torch.zeros(self.values)
-        for index in range(self.peers):
-            exact += self._of(index) / self.peers
+        parts = torch.zeros(self.values)
+        for index in range(self.peers - 1):
+            parts += self._of(index)
+        without = parts / (self.peers - 1)
+        exact = parts.add_(self._of(self.peers - 1)).div_(self.peers)
         error = float((mean - exact).norm() / exact.norm())
+        error_without = float((mean - without).norm() / without.norm())
         digest = hashlib.sha256(mean.numpy().tobytes()).hexdigest()
-        return {"error": error, "hash": digest, "copies": self._copies}
+        errors = {"error": error, "error without the last": error_without}
+        return errors | {"hash": digest, "copies": self._copies}
 
 
 def _memory_bytes(field: str) -> int:
@@ -160,7 +201,8 @@ async def work_ours(codec: str, index: int, peers: int, values: int) -> None:
 
         here.network.use_addresses(addresses_of)
         others = [peer for peer in known if peer != here.network.peer_id]
-        averager = Averager(here.network, peers=lambda: others, target=float(peers), codec=codec)
+        target = max(1.0, peers - 1.0)  # one may be lost; live ones are waited for
+        averager = Averager(here.network, peers=lambda: others, target=target, codec=codec)
         await averager.start()
         vector = _Vector(index, peers, values)
         _say("ready")
@@ -225,6 +267,7 @@ def main() -> None:
     parser.add_argument("--peers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--values", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--faults", action="store_true")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "CODEC"), help=argparse.SUPPRESS)
     parser.add_argument("--index", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -237,6 +280,12 @@ def main() -> None:
             return uvloop.run(work_ours(codec, options.index, options.peers[0], options.values))
         return work_hivemind(codec, options.index, options.peers[0], options.values)
     rows, ratios = [], {}
+    if options.faults:
+        for side in SIDES:
+            for fault in (signal.SIGKILL, signal.SIGSTOP):
+                found = measure_fault(side, fault, options.values, options.rounds)
+                rows.append({"fault": fault.name, "side": side} | found)
+        return report("averaging under faults", rows, ratios, options.json)
     for peers in options.peers:
         found = measure(peers, options.values, options.rounds)
         for name, figures in found.items():
