@@ -13,7 +13,7 @@ I/O: one asyncio loop. Source: Moshpit SGD, arXiv:2103.03239, section 3.2; hivem
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from averaging.averaging_pb2 import Piece, RoundGreeting
 from averaging.codecs import INT8_BLOCK, Codec
 from averaging.errors import AveragingError, CodecError, LinkError, ProtocolError, RoundAbandonedError
+from averaging.feedback import Feedback
 from averaging.network import Buffer, Frame, Network, PeerId, Stream
 from averaging.reduce import weighted_mean
 from averaging.shares import Slice, equal_slices, pieces
@@ -48,6 +49,7 @@ class _Reduction:
     group: tuple[PeerId, ...]
     parts: list[Slice]
     codec: Codec
+    encode: Callable[[torch.Tensor, Slice], Buffer]
     most_weight: float  # of one member
     weights: dict[PeerId, float] = field(default_factory=dict)
     arrived: list[dict[PeerId, Part]] = field(default_factory=list)
@@ -66,7 +68,7 @@ class _Reduction:
             ordered = [(self.weights[m], self._values(m, arrived[m], index)) for m in self.group]
             mean = weighted_mean(ordered, len(self.parts[index]))
             header = Piece(index=index, weight=self.weight).SerializeToString()
-            self.means[index].set_result(Frame(header, self.codec.encode(mean)))
+            self.means[index].set_result(Frame(header, self.encode(mean, self.parts[index])))
             arrived.clear()
 
     def _values(self, sender: PeerId, part: Part, index: int) -> torch.Tensor | None:
@@ -95,6 +97,7 @@ class ButterflyAllReduce:
         self._network, self._codec, self._progress_s = network, codec, progress_s
         self.max_weight = max_weight
         self._max_payload_bytes = codec.size_bytes(PIECE_VALUES)
+        self._left_over: dict[tuple[str, int], Feedback] = {}
         self._rounds: dict[RoundName, asyncio.Future[_Reduction]] = {}
         self._announced: dict[PeerId, RoundName] = {}  # rounds that others began before this peer
 
@@ -121,9 +124,12 @@ class ButterflyAllReduce:
             RoundAbandonedError: a member was lost; nobody may use what arrived.
         """
         me = self._network.peer_id
+        group = sorted(group)  # so that the same peers reduce the same slices from step to step
         slices = equal_slices(vector.numel(), len(group), INT8_BLOCK)
         cuts = {peer: pieces(part, PIECE_VALUES) for peer, part in zip(group, slices, strict=True)}
-        reduction = _Reduction(tuple(group), cuts[me], self._codec, most_weight)
+        sending = self._feedback("parts", name[1], vector.numel())
+        reducing = self._feedback("means", name[1], vector.numel())
+        reduction = _Reduction(tuple(group), cuts[me], self._codec, reducing.encode, most_weight)
         reduction.weights[me] = weight
         slot = self._slot(name)
         if slot.done():
@@ -133,7 +139,7 @@ class ButterflyAllReduce:
         try:
             async with asyncio.TaskGroup() as tasks:
                 exchanges = [
-                    tasks.create_task(self._exchange(peer, name, cuts[peer], vector, weight, mean))
+                    tasks.create_task(self._exchange(peer, name, cuts[peer], vector, weight, mean, sending))
                     for peer in group
                     if peer != me and cuts[peer]
                 ]
@@ -160,6 +166,7 @@ class ButterflyAllReduce:
         vector: torch.Tensor,
         weight: float,
         mean: torch.Tensor,
+        feedback: Feedback,
     ) -> tuple[int, float]:
         """Send my part of one slice to its reducer and receive its mean.
 
@@ -169,7 +176,9 @@ class ButterflyAllReduce:
         try:
             await stream.send(RoundGreeting(plan=name[0], round=name[1], weight=weight).SerializeToString())
             async with asyncio.TaskGroup() as tasks:
-                sending = tasks.create_task(self._send_parts(stream, cut, vector, weight))
+                sending = tasks.create_task(
+                    _send_parts(stream, cut, vector if weight > 0 else None, feedback)
+                )
                 receiving = tasks.create_task(self._receive_means(stream, cut, mean))
             await stream.finish()
             return sending.result(), receiving.result()
@@ -177,15 +186,12 @@ class ButterflyAllReduce:
             stream.abort()
             raise errors.exceptions[0] from None
 
-    async def _send_parts(self, stream: Stream, cut: list[Slice], vector: torch.Tensor, weight: float) -> int:
-        sent = 0
-        if weight > 0:  # a part of no weight needs no bytes
-            for number, part in enumerate(cut):
-                payload = self._codec.encode(vector[part.start : part.stop])
-                frame = Frame(Piece(index=number).SerializeToString(), payload)
-                await stream.send(frame.header, frame.payload)
-                sent += _wire_bytes(frame)
-        return sent
+    def _feedback(self, what: str, index: int, values: int) -> Feedback:
+        """What is left over of this peer's `what` in the rounds of that number."""
+        kept = self._left_over.get((what, index))
+        if kept is None or not kept.fits(values):
+            kept = self._left_over[what, index] = Feedback(self._codec, values)
+        return kept
 
     async def _receive_means(self, stream: Stream, cut: list[Slice], mean: torch.Tensor) -> float:
         """Fill in one slice of `mean`. Returns the weight that went into it."""
@@ -269,6 +275,20 @@ class ButterflyAllReduce:
             slot = self._rounds[name] = asyncio.get_running_loop().create_future()
             asyncio.get_running_loop().call_later(12 * self._progress_s, self._rounds.pop, name, None)
         return slot
+
+
+async def _send_parts(
+    stream: Stream, cut: list[Slice], vector: torch.Tensor | None, feedback: Feedback
+) -> int:
+    """Send my part of one slice; a part of no weight (None) needs no bytes. Returns the bytes sent."""
+    sent = 0
+    for number, part in enumerate(cut if vector is not None else ()):
+        assert vector is not None
+        payload = feedback.encode(vector[part.start : part.stop], part)
+        frame = Frame(Piece(index=number).SerializeToString(), payload)
+        await stream.send(frame.header, frame.payload)
+        sent += _wire_bytes(frame)
+    return sent
 
 
 def _wire_bytes(frame: Frame) -> int:

@@ -1,13 +1,13 @@
-"""Tensor <-> bytes: float32, float16, bfloat16 and int8 in blocks.
+"""Tensor <-> bytes: float32, float16, bfloat16, and int8 or int4 in blocks.
 
 Every codec is stateless, vectorised torch on the tensor's own device, and names the exact size of what
 it produces, so that a receiver can check a length before it allocates. Decoding refuses bytes of
 another length and values that are not finite: what passes is a finite float32 tensor.
 
-int8: each block of 512 consecutive values is scaled by its largest magnitude (a float32 per block,
-stored first), 1.008 bytes per value. The scale of a block is finite exactly when all its values are.
-
-The codecs of the wire; biased codecs with error feedback belong here too and keep this interface.
+Blocks of consecutive values (512 for int8, 128 for int4) are scaled by their largest magnitude: a float32
+per block, stored first; 1.008 and 0.531 bytes per value. The scale of a block is finite exactly when all
+its values are. A codec that is `lossy` loses the same small values every time: what matters in the long
+run goes through `averaging.feedback`.
 """
 
 from typing import Protocol
@@ -17,7 +17,7 @@ import torch
 from averaging.errors import CodecError
 from averaging.network import Buffer
 
-INT8_BLOCK = 512
+INT8_BLOCK, INT4_BLOCK = 512, 128
 
 
 class Codec(Protocol):
@@ -25,6 +25,7 @@ class Codec(Protocol):
 
     name: str
     number: int
+    lossy: bool  # its errors are large enough to be fed back
 
     def size_bytes(self, values: int) -> int:
         """Exact encoded size of a tensor with that many values."""
@@ -60,7 +61,7 @@ class _Cast:
     """A plain cast to a floating-point type."""
 
     def __init__(self, name: str, number: int, dtype: torch.dtype) -> None:
-        self.name, self.number, self._dtype = name, number, dtype
+        self.name, self.number, self.lossy, self._dtype = name, number, False, dtype
 
     def size_bytes(self, values: int) -> int:
         return values * self._dtype.itemsize
@@ -83,47 +84,80 @@ class _Cast:
 class _Int8:
     """Blocks of int8 values, each with a float32 scale."""
 
-    name, number = "int8", 4
+    name, number, lossy = "int8", 4, False
 
     def size_bytes(self, values: int) -> int:
-        return values + 4 * _blocks(values)
+        return values + 4 * _blocks(values, INT8_BLOCK)
 
     def encode(self, tensor: torch.Tensor) -> Buffer:
-        flat = tensor.detach().to(torch.float32).reshape(-1)
-        values, blocks = flat.numel(), _blocks(flat.numel())
-        padded = (
-            flat if values == blocks * INT8_BLOCK else torch.zeros(blocks * INT8_BLOCK, device=flat.device)
-        )
-        if padded is not flat:
-            padded[:values] = flat
-        rows = padded.view(blocks, INT8_BLOCK)
-        # Not `aminmax`: along the innermost dimension it takes ten times as long as these two.
-        scale = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).div_(127.0)
-        inverse = torch.where(scale > 0, scale.reciprocal(), torch.zeros_like(scale)).clamp_(max=3e38)
-        codes = torch.mul(rows, inverse.unsqueeze(1)).round_().to(torch.int8)
-        return b"".join((_bytes_of(scale), _bytes_of(codes.view(-1)[:values])))
+        scale, codes = _scaled(tensor, INT8_BLOCK, 127.0)
+        return b"".join((_bytes_of(scale), _bytes_of(codes.to(torch.int8).view(-1)[: tensor.numel()])))
 
     def decode(self, data: Buffer, shape: tuple[int, ...]) -> torch.Tensor:
         _check_length(self, data, shape)
         values = _count(shape)
         if not values:
             return torch.zeros(shape)
-        blocks = _blocks(values)
-        view = memoryview(data)
-        scale = _from_bytes(view[: 4 * blocks], torch.float32)
-        if not bool(torch.isfinite(scale).all()):
-            raise CodecError("tensor is not finite")
-        codes = _from_bytes(view[4 * blocks :], torch.int8)
-        if values < blocks * INT8_BLOCK:
-            codes = torch.cat([codes, torch.zeros(blocks * INT8_BLOCK - values, dtype=torch.int8)])
-        out = torch.mul(codes.view(blocks, INT8_BLOCK), scale.unsqueeze(1))
-        if not bool(torch.isfinite(scale.abs().max() * 128)):
-            raise CodecError("tensor is not finite")
-        return out.view(-1)[:values].view(shape)
+        scale, codes = _parted(data, _blocks(values, INT8_BLOCK), torch.int8, most=128)
+        rows = _filled_up(codes, len(scale) * INT8_BLOCK).view(len(scale), INT8_BLOCK)
+        return torch.mul(rows, scale.unsqueeze(1)).view(-1)[:values].view(shape)
 
 
-def _blocks(values: int) -> int:
-    return -(-values // INT8_BLOCK)
+class _Int4:
+    """Blocks of 4-bit values from -7 to 7, two in a byte, each block with a float32 scale."""
+
+    name, number, lossy = "int4", 5, True
+
+    def size_bytes(self, values: int) -> int:
+        return (values + 1) // 2 + 4 * _blocks(values, INT4_BLOCK)
+
+    def encode(self, tensor: torch.Tensor) -> Buffer:
+        scale, codes = _scaled(tensor, INT4_BLOCK, 7.0)
+        pairs = codes.add_(8.0).to(torch.uint8).view(-1, 2)
+        packed = pairs[:, 0] | (pairs[:, 1] << 4)
+        return b"".join((_bytes_of(scale), _bytes_of(packed[: (tensor.numel() + 1) // 2])))
+
+    def decode(self, data: Buffer, shape: tuple[int, ...]) -> torch.Tensor:
+        _check_length(self, data, shape)
+        values = _count(shape)
+        if not values:
+            return torch.zeros(shape)
+        scale, packed = _parted(data, _blocks(values, INT4_BLOCK), torch.uint8, most=7)
+        packed = _filled_up(packed, len(scale) * INT4_BLOCK // 2)
+        codes = torch.stack((packed & 15, packed >> 4), dim=1).view(len(scale), INT4_BLOCK)
+        whole = codes.float().sub_(8.0).clamp_(min=-7.0)  # -8 is nothing that `encode` says
+        return whole.mul_(scale.unsqueeze(1)).view(-1)[:values].view(shape)
+
+
+def _blocks(values: int, block: int) -> int:
+    return -(-values // block)
+
+
+def _scaled(tensor: torch.Tensor, block: int, most: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale [blocks], whole numbers from -most to most [blocks, block]), filled up with zeros."""
+    flat = tensor.detach().to(torch.float32).reshape(-1)
+    blocks = _blocks(flat.numel(), block)
+    rows = _filled_up(flat, blocks * block).view(blocks, block)
+    # Not `aminmax`: along the innermost dimension it takes ten times as long as these two.
+    scale = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).div_(most)
+    inverse = torch.where(scale > 0, scale.reciprocal(), torch.zeros_like(scale)).clamp_(max=3e38)
+    return scale, torch.mul(rows, inverse.unsqueeze(1)).round_()
+
+
+def _parted(data: Buffer, blocks: int, dtype: torch.dtype, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales of the blocks, checked, and the codes. Raises CodecError."""
+    view = memoryview(data)
+    scale = _from_bytes(view[: 4 * blocks], torch.float32)
+    if not bool(torch.isfinite(scale).all()) or not bool(torch.isfinite(scale.abs().max() * most)):
+        raise CodecError("tensor is not finite")
+    return scale, _from_bytes(view[4 * blocks :], dtype)
+
+
+def _filled_up(flat: torch.Tensor, values: int) -> torch.Tensor:
+    """With zeros to so many values; the same tensor if it has them."""
+    if flat.numel() == values:
+        return flat
+    return torch.cat([flat, flat.new_zeros(values - flat.numel())])
 
 
 def _check_length(codec: Codec, data: Buffer, shape: tuple[int, ...]) -> None:
@@ -139,6 +173,7 @@ CODECS: dict[str, Codec] = {
         _Cast("float16", 2, torch.float16),
         _Cast("bfloat16", 3, torch.bfloat16),
         _Int8(),
+        _Int4(),
     )
 }
 _BY_NUMBER = {codec.number: codec for codec in CODECS.values()}

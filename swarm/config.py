@@ -18,7 +18,7 @@ from averaging.codecs import CODECS
 from averaging.network import MAX_HEADER_BYTES
 from swarm.errors import ConfigError
 
-CodecName = Literal["float32", "float16", "bfloat16", "int8"]
+CodecName = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 assert set(get_args(CodecName)) == set(CODECS)
 
 Positive = Annotated[int, Field(gt=0)]

@@ -3,8 +3,10 @@ import torch
 
 from averaging.codecs import CODECS, INT8_BLOCK, codec_by_number
 from averaging.errors import CodecError
+from averaging.feedback import Feedback
+from averaging.shares import Slice
 
-RELATIVE_ERROR = {"float32": 0.0, "float16": 1e-3, "bfloat16": 1e-2, "int8": 2e-2}
+RELATIVE_ERROR = {"float32": 0.0, "float16": 1e-3, "bfloat16": 1e-2, "int8": 2e-2, "int4": 0.15}
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -64,3 +66,28 @@ def test_int8_costs_at_most_1_02_bytes_per_value():
 def test_unknown_codec_number_is_refused():
     with pytest.raises(CodecError, match="unknown codec"):
         codec_by_number(99)
+
+
+def test_int4_costs_at_most_0_54_bytes_per_value():
+    assert CODECS["int4"].size_bytes(1 << 20) / (1 << 20) <= 0.54
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_feedback_the_running_mean_of_what_a_lossy_codec_delivers_is_the_true_one(seed):
+    generator, codec = torch.Generator().manual_seed(seed), CODECS["int4"]
+    start, values, steps = 300, 1000, 400
+    drawn = torch.randn(steps, values, generator=generator) * torch.rand(values, generator=generator) ** 4
+    feedback, delivered = Feedback(codec, start + values), torch.zeros(values)
+    for step in drawn:
+        encoded = feedback.encode(step, Slice(start, start + values))
+        delivered += codec.decode(encoded, (values,))
+    alone = sum(codec.decode(codec.encode(step), (values,)) for step in drawn)
+    true = drawn.sum(0)
+    assert (delivered - true).abs().max() <= 1.0, "more than the last message's error is missing"
+    assert (delivered - true).norm() < 0.2 * (alone - true).norm()
+
+
+def test_feedback_forgets_what_is_not_finite():
+    feedback, part = Feedback(CODECS["int4"], 200), Slice(0, 200)
+    feedback.encode(torch.full((200,), float("nan")), part)
+    assert torch.equal(CODECS["int4"].decode(feedback.encode(torch.ones(200), part), (200,)), torch.ones(200))
