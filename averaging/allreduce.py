@@ -97,7 +97,7 @@ class ButterflyAllReduce:
         self._network, self._codec, self._progress_s = network, codec, progress_s
         self.max_weight = max_weight
         self._max_payload_bytes = codec.size_bytes(PIECE_VALUES)
-        self._left_over: dict[tuple[str, int], Feedback] = {}
+        self._left_over: dict[str, Feedback] = {}
         self._rounds: dict[RoundName, asyncio.Future[_Reduction]] = {}
         self._announced: dict[PeerId, RoundName] = {}  # rounds that others began before this peer
 
@@ -113,22 +113,26 @@ class ButterflyAllReduce:
         vector: torch.Tensor,
         weight: float,
         most_weight: float,
+        feed_back: bool,
     ) -> RoundResult:
-        """Average `vector` ([values] float32) with the group by weight.
+        """Average `vector` ([values] float32) with the group by weight, summed in the group's order.
 
         Args:
             name: the plan's key and the number of the round.
             most_weight: what no member of the group may weigh more than.
+            feed_back: add what a lossy codec left out of the last messages; other groups would have other
+                residuals, and so other bits.
 
         Raises:
             RoundAbandonedError: a member was lost; nobody may use what arrived.
         """
         me = self._network.peer_id
-        group = sorted(group)  # so that the same peers reduce the same slices from step to step
         slices = equal_slices(vector.numel(), len(group), INT8_BLOCK)
-        cuts = {peer: pieces(part, PIECE_VALUES) for peer, part in zip(group, slices, strict=True)}
-        sending = self._feedback("parts", name[1], vector.numel())
-        reducing = self._feedback("means", name[1], vector.numel())
+        # By name: the same peers reduce the same slices from step to step, whatever their seats.
+        ordered = zip(sorted(group), slices, strict=True)
+        cuts = {peer: pieces(part, PIECE_VALUES) for peer, part in ordered}
+        values = vector.numel() if feed_back else 0
+        sending, reducing = self._feedback("parts", values), self._feedback("means", values)
         reduction = _Reduction(tuple(group), cuts[me], self._codec, reducing.encode, most_weight)
         reduction.weights[me] = weight
         slot = self._slot(name)
@@ -186,11 +190,11 @@ class ButterflyAllReduce:
             stream.abort()
             raise errors.exceptions[0] from None
 
-    def _feedback(self, what: str, index: int, values: int) -> Feedback:
-        """What is left over of this peer's `what` in the rounds of that number."""
-        kept = self._left_over.get((what, index))
+    def _feedback(self, what: str, values: int) -> Feedback:
+        """What is left over of this peer's last `what`."""
+        kept = self._left_over.get(what)
         if kept is None or not kept.fits(values):
-            kept = self._left_over[what, index] = Feedback(self._codec, values)
+            kept = self._left_over[what] = Feedback(self._codec, values)
         return kept
 
     async def _receive_means(self, stream: Stream, cut: list[Slice], mean: torch.Tensor) -> float:
@@ -251,7 +255,8 @@ class ButterflyAllReduce:
         if name not in self._rounds:
             ahead = self._announced.get(stream.remote)  # of this peer's own plan: one at a time
             waiting = ahead in self._rounds and not self._rounds[ahead].done()
-            if waiting or len(self._rounds) >= OPEN_ROUNDS:
+            open_rounds = sum(not slot.done() for slot in self._rounds.values())
+            if waiting or open_rounds >= OPEN_ROUNDS:
                 raise ProtocolError(stream.remote, "announces one round too many")
             self._announced[stream.remote] = name
         return greeting

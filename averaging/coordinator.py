@@ -120,6 +120,7 @@ class Coordinator:
                 if ballot.closed_s is not None and time_s() > ballot.closed_s + self._rules.round_s:
                     raise LinkError(peer, f"still averages after {self._rules.round_s:.0f} s")
                 report = await self._receive(stream)
+            beat.cancel()
             await self._linger(stream)
         except (LinkError, ProtocolError) as error:
             log.debug("a reporter left: %s", error)
@@ -147,9 +148,13 @@ class Coordinator:
             raise ProtocolError(stream.remote, "malformed report") from None
 
     async def _linger(self, stream: Stream) -> None:
-        """Let the reporter hear the last word: it is the one to close."""
-        while await self._receive(stream) is not None:
-            pass
+        """Let the reporter hear the last word: it is the one to close, before long."""
+        try:
+            async with asyncio.timeout(self._rules.progress_s):
+                while True:
+                    await self._receive(stream)
+        except TimeoutError:
+            raise LinkError(stream.remote, "has heard the last word and stays") from None
 
     def _take(self, ballot: Ballot, peer: PeerId, message: pb.FromMember) -> None:
         kind = message.WhichOneof("content")

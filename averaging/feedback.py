@@ -16,7 +16,7 @@ from averaging.shares import Slice
 
 
 class Feedback:
-    """Encodes slices of one vector, step after step."""
+    """Encodes slices of one vector, step after step; of no values: without a memory."""
 
     def __init__(self, codec: Codec, values: int) -> None:
         self._codec = codec
@@ -28,7 +28,7 @@ class Feedback:
 
     def encode(self, values: torch.Tensor, part: Slice) -> Buffer:
         """Encode `values` ([len(part)] float32), which lie at `part` of the vector."""
-        if not self._codec.lossy:
+        if not self._residual.numel():
             return self._codec.encode(values)
         left = self._residual[part.start : part.stop]
         wanted = values + left

@@ -6,7 +6,9 @@
     round r the members of each line along dimension r average
 
 Who sits in one cell has been in the same groups ever since, so from the second round on they hold the same
-mean and share its weight. With that the mean is exact after d rounds for any N, not only on a full grid.
+mean, and one of them speaks for all. With that the mean is exact after d rounds for any N, not only on a
+full grid. Lines name their members in the order of cells: sums over equal values in equal order have equal
+bits, so all members of the grid end bit-identical if the codec has no memory.
 
 Pure. Source: Moshpit SGD, arXiv:2103.03239, section 3.1; doubled cells in place of holes are ours.
 """
@@ -23,13 +25,10 @@ SOFT_EXCESS = 1  # members that a group may have beyond `group_size` before anot
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The members of one line, and with how many of them each shares the value and weight it brings."""
+    """The members of one line, in the order of its cells, and those whose values go into the mean."""
 
     members: tuple[PeerId, ...]
-    copies: tuple[int, ...]
-
-    def copies_of(self, peer: PeerId) -> int:
-        return self.copies[self.members.index(peer)]
+    speakers: tuple[PeerId, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +62,8 @@ class Grid:
         line = [self.cells[first + i * stride] for i in range(side)]
         members = tuple(peer for inside in line for peer in inside)
         if dimension == 0:  # nothing has been averaged yet: everybody brings a value of its own
-            return Group(members, (1,) * len(members))
-        return Group(members, tuple(len(inside) for inside in line for _ in inside))
+            return Group(members, members)
+        return Group(members, tuple(inside[0] for inside in line))
 
 
 def grid_sides(members: int, group_size: int) -> tuple[int, ...]:

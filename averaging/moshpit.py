@@ -2,7 +2,7 @@
 
     for every dimension of the plan's grid:
         find the group this peer belongs to: its line along that dimension
-        all-reduce the vector within it, weighted; who holds the same value shares its weight
+        all-reduce the vector within it, weighted; of those who hold the same value one speaks
         go on with the group's mean and the group's weight
 
 After the last round everybody holds the exact weighted mean (`averaging.grid`). With one dimension, one
@@ -35,8 +35,9 @@ async def average(
                 (plan.key, dimension),
                 group.members,
                 vector=vector,
-                weight=weight / group.copies_of(me),
+                weight=weight if me in group.speakers else 0.0,
                 most_weight=most_weight,
+                feed_back=grid.dimensions == 1,
             )
             vector, weight = result.mean, result.weight
             sent_bytes += result.sent_bytes

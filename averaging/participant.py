@@ -197,7 +197,11 @@ class Participant:
                         raise BehindError(f"the others are at version {answer.behind}")
                     case "drifted":
                         raise BehindError("the majority holds another state")
-                    case "moved" if answer.moved in self.live():
+                    case "moved":
+                        if answer.moved not in self.live():
+                            await self._refresh_roster()
+                        if answer.moved not in self.live():
+                            raise AveragingError(f"its coordinator {answer.moved[-8:]} is not known here")
                         raise MovedError(answer.moved)
         finally:
             reporting.cancel()

@@ -29,7 +29,7 @@ class Group:
         for member in self.members:
             await member.start()
         rounds = (
-            m.run((key, 0), self.names, vector=v, weight=w, most_weight=1e6)
+            m.run((key, 0), self.names, vector=v, weight=w, most_weight=1e6, feed_back=True)
             for m, v, w in zip(self.members, vectors, weights, strict=True)
         )
         return await asyncio.gather(*rounds, return_exceptions=True)
@@ -112,7 +112,14 @@ def test_garbage_from_a_member_abandons_the_round():
 
         await liar.serve(SERVICE, never, max_payload_bytes=1 << 24)
         running = asyncio.create_task(
-            honest.run((b"k" * 16, 0), ["a", "b"], vector=torch.ones(2048), weight=1.0, most_weight=10)
+            honest.run(
+                (b"k" * 16, 0),
+                ["a", "b"],
+                vector=torch.ones(2048),
+                weight=1.0,
+                most_weight=10,
+                feed_back=True,
+            )
         )
         stream = await liar.open("a", SERVICE, max_payload_bytes=1 << 24)
         await stream.send(RoundGreeting(plan=b"k" * 16, round=0, weight=1.0).SerializeToString())

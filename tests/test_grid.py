@@ -18,9 +18,8 @@ def average_on(grid, values, weights):
     for dimension in range(grid.dimensions):
         after = {}
         for group in grid.groups(dimension):
-            shares = [held[p][1] / c for p, c in zip(group.members, group.copies, strict=True)]
-            total = sum(shares)
-            mean = sum(held[p][0] * s for p, s in zip(group.members, shares, strict=True)) / total
+            total = sum(held[p][1] for p in group.speakers)
+            mean = sum(held[p][0] * held[p][1] for p in group.speakers) / total
             after |= dict.fromkeys(group.members, (mean, total))
         held = after
     return held

@@ -71,6 +71,18 @@ def test_evaluation_accumulates_nothing_and_agrees_with_the_model():
     simulate(test)
 
 
+def test_a_stage_on_a_grid_stays_identical_and_survives_a_death():
+    async def test(sim):
+        await train(sim, 40)
+        sim.kill(next(p.id for p in sim.peers.values() if p.stage == 1))
+        await train(sim, 60, first=40)
+        assert min(p.peer.stage.version for p in sim.peers.values()) >= 5
+        assert {len(done.members) for _, _, done in sim.steps} >= {4, 5}
+        assert all(len(states) == 1 for states in sim.hashes.values())
+
+    simulate(test, "averaging.group_size=2", "averaging.codec=int8", peers=5)
+
+
 def test_a_killed_peers_hops_are_accepted_elsewhere_within_half_a_second():
     async def test(sim):
         for number in range(8):
