@@ -55,13 +55,19 @@ class Trainer:
             on_abandoned=self._abandoned,
             on_recovered=self._recovered,
         )
-        self.tokens = 0
+        self.tokens, self._step = 0, 0
         self.finished = False
         self._losses: deque[tuple[int, float]] = deque(maxlen=256)  # (tokens, summed loss)
         self._evaluating: dict[bytes, ev.Completed | None] = {}
         self.evaluations: list[dict[str, float]] = []  # {"step", "tokens", "loss", "time_s"}
         self.recoveries: list[dict[str, Any]] = []
         self._began_s = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        """Steps that every stage has taken; a newcomer that is still behind takes none of them back."""
+        self._step = max(self._step, self.pipeline.ledger.version)
+        return self._step
 
     async def run(self) -> None:
         """Train until every stage has taken the run's steps."""
@@ -83,14 +89,13 @@ class Trainer:
     async def _train(self) -> None:
         training = self.config.training
         evaluating = asyncio.create_task(self._evaluate())
-        evaluated_at = self.pipeline.ledger.version
+        evaluated_at = self.step
         await evaluating  # the initial loss belongs to the initial weights
         issue = self._issue_step if training.strict else self._issue_some
-        while self.pipeline.ledger.version < training.steps and not self._time_is_over():
+        while self.step < training.steps and not self._time_is_over():
             await issue()
-            version = self.pipeline.ledger.version
-            if version >= evaluated_at + training.eval_every and evaluating.done():
-                evaluated_at = version - version % training.eval_every
+            if self.step >= evaluated_at + training.eval_every and evaluating.done():
+                evaluated_at = self.step - self.step % training.eval_every
                 evaluating = asyncio.create_task(self._evaluate())
         await evaluating
         await self._evaluate()
@@ -136,7 +141,7 @@ class Trainer:
 
     async def _evaluate(self) -> None:
         """Mean loss per token over the held-out microbatches, computed by the swarm."""
-        version, began_s = self.pipeline.ledger.version, time.monotonic()
+        version, began_s = self.step, time.monotonic()
         waiting = deque(self._held_out)
         issued: list[bytes] = []
         at_once = 2 * self.config.model.stages
@@ -192,7 +197,7 @@ class Trainer:
         tokens = sum(t for t, _ in recent)
         ledger = self.pipeline.ledger
         return {
-            "step": ledger.version,
+            "step": self.step,
             "tokens": self.tokens,
             "loss": round(sum(loss for _, loss in recent) / tokens, 5) if tokens else None,
             "in_flight": ledger.in_flight,
