@@ -65,8 +65,11 @@ class Averager:
     async def average(self, vector: torch.Tensor, *, weight: float = 1.0) -> Mean:
         """The mean of [values] float32 vectors by weight, bit-identical on all members.
 
-        Raises BehindError if the others have closed this step without this member.
+        Raises BehindError if the others have closed this step without this member, and ValueError for a
+        weight that is negative or above the target.
         """
+        if not 0 <= weight <= self._rules.target:
+            raise ValueError(f"weight {weight} is not between 0 and the target {self._rules.target}")
         mean = await self._participant.close_step(_Given(vector, weight))
         self.step += 1
         self._participant.coordinator.step_closed(self.step)

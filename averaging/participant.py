@@ -148,7 +148,8 @@ class Participant:
         """The peers that are not known to be dead, this one included."""
         recent_s = asyncio.get_running_loop().time() - self._rules.expire_s
         self._dead_s = {p: at for p, at in self._dead_s.items() if at > recent_s}
-        return [*(p for p in self._roster() if p not in self._dead_s), self._network.peer_id]
+        me = self._network.peer_id
+        return [*(p for p in self._roster() if p not in self._dead_s and p != me), me]
 
     def _suspect(self, error: LinkError) -> None:
         """A dial failed: its peer is dead, or cannot be reached from here for now."""
