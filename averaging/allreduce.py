@@ -83,6 +83,7 @@ class _Reduction:
         return sum(self.weights[member] for member in self.group)
 
     def fail(self, error: RoundAbandonedError) -> None:
+        """Tell whoever waits for a mean that is not there; no-op if all are."""
         for mean in self.means:
             if not mean.done():
                 mean.set_exception(error)
@@ -149,9 +150,9 @@ class ButterflyAllReduce:
                 ]
                 tasks.create_task(self._reduce_own(reduction, vector, weight, mean))
         except* AveragingError as errors:
-            reduction.fail(RoundAbandonedError("a groupmate abandoned the round"))
             raise RoundAbandonedError(str(errors.exceptions[0])) from None
-        finally:
+        finally:  # also when it is cancelled: nobody is to wait for what does not come any more
+            reduction.fail(RoundAbandonedError("a groupmate abandoned the round"))
             asyncio.get_running_loop().call_later(2 * self._progress_s, self._rounds.pop, name, None)
         sent = (len(group) - 1) * sum(_wire_bytes(done.result()) for done in reduction.means)
         total = reduction.weight if cuts[me] else weight
@@ -187,8 +188,9 @@ class ButterflyAllReduce:
             await stream.finish()
             return sending.result(), receiving.result()
         except* AveragingError as errors:
-            stream.abort()
             raise errors.exceptions[0] from None
+        finally:
+            stream.abort()
 
     def _feedback(self, what: str, values: int) -> Feedback:
         """What is left over of this peer's last `what`."""

@@ -15,7 +15,7 @@ Pure; deterministic, so that every member computes the same cut. Source: DeDLOC,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate, pairwise
@@ -89,7 +89,7 @@ def _corners(bandwidths: Sequence[float], modes: Sequence[Mode], senders: int, l
     return sorted(x for x in corners if x >= least)
 
 
-def _where_the_sum_is_one(at, corners: Sequence[float]) -> float:  # type: ignore[no-untyped-def]
+def _where_the_sum_is_one(at: Callable[[float], list[float]], corners: Sequence[float]) -> float:
     """The shares' sum grows linearly between corners, and is below 1 at the first, above it at the last."""
     for low, high in pairwise(corners):
         below, above = sum(at(low)), sum(at(high))

@@ -138,7 +138,6 @@ class HivemindNetwork:
                 opened = await self._greeted(peer, service)
             except _UNANSWERED as error:  # it starts or ends, or the link broke again: no proof of an end
                 raise LinkError(peer, f"serves no {service!r}: {_first_line(error)}") from None
-        await self._note_path(peer)
         reader, writer = opened
         return self._framed(peer, reader, writer, max_payload_bytes)
 
@@ -151,6 +150,7 @@ class HivemindNetwork:
             magic, version = GREETING.unpack(await reader.readexactly(GREETING.size))
             if magic != MAGIC or version != PROTOCOL_VERSION:
                 raise VersionMismatchError(peer, version if magic == MAGIC else None)
+            await self._note_path(peer)
         except BaseException:
             writer.transport.abort()
             raise

@@ -53,11 +53,16 @@ async def joined(
                 await directory.close()
     finally:
         if p2p is not None:
-            logging.getLogger("hivemind").setLevel(logging.CRITICAL)  # its daemon calls its own end an error
+            _quiet_engine()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):
                     await p2p.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _quiet_engine() -> None:
+    """From now on its daemon's end is wanted, and no error to the user."""
+    logging.getLogger("hivemind").setLevel(logging.CRITICAL)
 
 
 def best_address(addresses: tuple[str, ...]) -> str:
@@ -83,6 +88,7 @@ def run_until_signal(main: Coroutine[Any, Any, int]) -> int:
             nonlocal asked
             if not asked:  # a second Ctrl-C must not cut the clean-up short
                 asked = True
+                _quiet_engine()  # a Ctrl-C reaches the daemon, too
                 task.cancel()
 
         for number in (signal.SIGINT, signal.SIGTERM):

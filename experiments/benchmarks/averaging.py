@@ -4,8 +4,8 @@
     python -m experiments.benchmarks.averaging --faults [--rounds 3]    four peers, one killed or stopped
 
 Every peer is a process with its own libp2p daemon. A round's time is from the moment the last peer is ready
-to the moment the last one has the mean: finding each other, deciding and committing included. The sides
-take turns; median of `--rounds` after one round to warm up. Every worker checks that what it got is the mean.
+to the moment the last one has the mean: finding each other, deciding and committing included. One side
+after the other; median of `--rounds` after one round to warm up. Every worker checks that it got the mean.
 hivemind's 8-bit codec does not decode with present numpy: `_mend_hivemind` repairs that here.
 
 With `--faults` one of four is sent SIGKILL or SIGSTOP in the middle of a round, and the time counts from then
@@ -14,13 +14,11 @@ until the last survivor returns; the error is that to the nearer of the means wi
 
 import argparse
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,6 +27,7 @@ from typing import Any
 import torch
 
 from experiments.benchmarks.report import report
+from experiments.benchmarks.workers import end_workers, start_worker
 
 SIDES = {
     "ours float32": ("ours", "float32"),
@@ -43,32 +42,22 @@ class Workers:
 
     def __init__(self, side: str, codec: str, peers: int, values: int) -> None:
         command = [sys.executable, "-m", "experiments.benchmarks.averaging", "--worker", side, codec]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._processes = [
-            subprocess.Popen(
-                [*command, "--values", str(values), "--peers", str(peers), "--index", str(index)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                text=True,
-                start_new_session=True,
-            )
-            for index in range(peers)
-        ]
+        sizes = ["--values", str(values), "--peers", str(peers)]
+        self._processes = [start_worker([*command, *sizes, "--index", str(index)]) for index in range(peers)]
+        self._living = list(self._processes)
         addresses = self.hear()
         self.tell(addresses)
         self.hear()
 
     def hear(self) -> list[Any]:
-        """One line of JSON from each."""
-        lines = [process.stdout.readline() for process in self._processes if process.stdout]
+        """One line of JSON from each that has not been struck."""
+        lines = [process.stdout.readline() for process in self._living if process.stdout]
         if not all(lines):
             raise SystemExit(f"worker {lines.index('')} died")
         return [json.loads(line) for line in lines]
 
     def tell(self, what: Any) -> None:
-        for process in self._processes:
+        for process in self._living:
             assert process.stdin is not None
             process.stdin.write(json.dumps(what) + "\n")
             process.stdin.flush()
@@ -89,14 +78,11 @@ class Workers:
         """Send `fault` to the last worker `after_s` into a round."""
         self.tell("go")
         time.sleep(after_s)
-        victim = self._processes.pop()
-        os.killpg(victim.pid, fault)
+        os.killpg(self._living.pop().pid, fault)
         struck = time.monotonic()
         ended = max(each["end"] for each in self.hear())
         self.tell("check")
         said = self.hear()
-        os.killpg(victim.pid, signal.SIGKILL)
-        victim.wait()
         return {
             "s": ended - struck,
             "identical": float(len({each["hash"] for each in said}) == 1),
@@ -104,10 +90,7 @@ class Workers:
         }
 
     def close(self) -> None:
-        for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
-            process.wait()
+        end_workers(self._processes)
 
 
 def measure(peers: int, values: int, rounds: int) -> dict[str, dict[str, float]]:

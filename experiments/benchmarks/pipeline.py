@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments.benchmarks.report import report
+from experiments.benchmarks.workers import end_workers, start_worker
 from swarm.config import RunConfig, load_run
 from swarm.model import build_stage
 
@@ -121,29 +122,14 @@ def _lines(metrics: Path) -> list[dict[str, float]]:
 def hub_servers(run_file: Path, stages: int, *more: str) -> Iterator[list[str]]:
     """One hivemind server process per stage; yields their addresses."""
     command = [sys.executable, "-m", "experiments.benchmarks.hub", str(run_file), *more, "--stage"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    servers = [
-        subprocess.Popen(
-            [*command, str(stage)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            text=True,
-            start_new_session=True,
-        )
-        for stage in range(stages)
-    ]
+    servers = [start_worker([*command, str(stage)]) for stage in range(stages)]
     try:
         addresses = [server.stdout.readline().strip() for server in servers if server.stdout]
         if not all(addresses):
             raise SystemExit("a hub server did not start")
         yield addresses
     finally:
-        for server in servers:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, 9)
-            server.wait()
+        end_workers(servers)
 
 
 def hub_tokens_per_s(run_file: Path, config: RunConfig, seconds: float, *more: str) -> float:
