@@ -34,6 +34,7 @@ class Averager:
         codec: str = "int8",
         group_size: int = 16,
         name: str = "averager",
+        rng: random.Random | None = None,
     ) -> None:
         """`peers` are the others that may take part; a step closes when the weights add up to `target`.
 
@@ -47,15 +48,13 @@ class Averager:
         self._rules = rules = StepRules(target=target, max_weight=target, group_size=group_size)
         self._participant = Participant(
             network=network,
-            all_reduce=ButterflyAllReduce(
-                network, codec=CODECS[codec], progress_s=rules.progress_s, max_weight=rules.max_weight
-            ),
+            all_reduce=ButterflyAllReduce(network, codec=CODECS[codec], rules=rules),
             rules=rules,
             name=name,
             roster=peers,
             refresh_roster=_nothing_to_read,
             version=lambda: self.step,
-            rng=random.SystemRandom(),
+            rng=rng or random.SystemRandom(),
         )
 
     async def start(self) -> None:
@@ -87,6 +86,7 @@ class _Given:
 
     def __init__(self, vector: torch.Tensor, weight: float) -> None:
         self.weight, self._vector, self.changed = weight, vector, asyncio.Event()
+        self.values = vector.numel()
 
     async def prepare(self) -> None:
         pass

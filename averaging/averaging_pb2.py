@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61veraging/averaging.proto\x12\taveraging\"<\n\rRoundGreeting\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"&\n\x05Piece\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06weight\x18\x02 \x01(\x01\">\n\nStepReport\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x12\n\nstate_hash\x18\x03 \x01(\x0c\"#\n\x08StepDone\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\"v\n\nFromMember\x12\'\n\x06report\x18\x01 \x01(\x0b\x32\x15.averaging.StepReportH\x00\x12#\n\x04\x64one\x18\x02 \x01(\x0b\x32\x13.averaging.StepDoneH\x00\x12\x0f\n\x05\x61live\x18\x03 \x01(\x08H\x00\x42\t\n\x07\x63ontent\"*\n\nPlanMember\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"M\n\x08StepPlan\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12&\n\x07members\x18\x03 \x03(\x0b\x32\x15.averaging.PlanMember\"9\n\x07Verdict\x12\x0e\n\x06\x63ommit\x18\x01 \x01(\x08\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\x12\x11\n\tduplicate\x18\x03 \x01(\x08\"\xaf\x01\n\x0f\x46romCoordinator\x12\x0f\n\x05\x61live\x18\x01 \x01(\x08H\x00\x12\x10\n\x06\x62\x65hind\x18\x02 \x01(\x04H\x00\x12\x11\n\x07\x64rifted\x18\x03 \x01(\x08H\x00\x12#\n\x04plan\x18\x04 \x01(\x0b\x32\x13.averaging.StepPlanH\x00\x12%\n\x07verdict\x18\x05 \x01(\x0b\x32\x12.averaging.VerdictH\x00\x12\x0f\n\x05moved\x18\x06 \x01(\tH\x00\x42\t\n\x07\x63ontent\"\'\n\tStepQuery\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\x0c\n\x04step\x18\x02 \x01(\x04\"a\n\x08StepInfo\x12\x11\n\tcommitted\x18\x01 \x01(\x08\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x13\n\x0b\x63oordinator\x18\x04 \x01(\t\x12\x0f\n\x07reports\x18\x05 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61veraging/averaging.proto\x12\taveraging\"<\n\rRoundGreeting\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\x0c\n\x04line\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"&\n\x05Piece\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"\\\n\nRoundFrame\x12\x0f\n\x05\x61live\x18\x01 \x01(\x08H\x00\x12\x0f\n\x05\x62\x65gin\x18\x02 \x01(\x01H\x00\x12!\n\x05piece\x18\x03 \x01(\x0b\x32\x10.averaging.PieceH\x00\x42\t\n\x07\x63ontent\"o\n\nStepReport\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x12\n\nstate_hash\x18\x03 \x01(\x0c\x12\x0e\n\x06values\x18\x04 \x01(\x04\x12\x11\n\tbandwidth\x18\x05 \x01(\x01\x12\x0c\n\x04mode\x18\x06 \x01(\r\"\x15\n\x06\x46rozen\x12\x0b\n\x03ids\x18\x01 \x03(\x0c\"(\n\x07Missing\x12\x0f\n\x07reducer\x18\x01 \x01(\t\x12\x0c\n\x04held\x18\x02 \x01(\r\"m\n\tRoundDone\x12\x0c\n\x04line\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12#\n\x07missing\x18\x03 \x03(\x0b\x32\x12.averaging.Missing\x12\x0c\n\x04lost\x18\x04 \x03(\t\x12\x0e\n\x06unused\x18\x05 \x03(\t\"\xae\x01\n\nFromMember\x12\'\n\x06report\x18\x01 \x01(\x0b\x32\x15.averaging.StepReportH\x00\x12#\n\x06\x66rozen\x18\x02 \x01(\x0b\x32\x11.averaging.FrozenH\x00\x12\x0f\n\x05\x61live\x18\x03 \x01(\x08H\x00\x12$\n\x04\x64one\x18\x04 \x01(\x0b\x32\x14.averaging.RoundDoneH\x00\x12\x10\n\x06\x66\x61iled\x18\x05 \x01(\x08H\x00\x42\t\n\x07\x63ontent\"K\n\nPlanMember\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x11\n\tbandwidth\x18\x03 \x01(\x01\x12\x0c\n\x04mode\x18\x04 \x01(\r\"]\n\x08StepPlan\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12&\n\x07members\x18\x03 \x03(\x0b\x32\x15.averaging.PlanMember\x12\x0e\n\x06values\x18\x04 \x01(\x04\"K\n\x07Verdict\x12\x0e\n\x06\x63ommit\x18\x01 \x01(\x08\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\x12\x11\n\tduplicate\x18\x03 \x01(\x08\x12\x10\n\x08left_out\x18\x04 \x03(\t\":\n\tRoundWork\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0f\n\x07reduced\x18\x02 \x03(\x04\x12\x0e\n\x06passed\x18\x03 \x03(\x04\"n\n\x06Repair\x12\x0c\n\x04line\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0f\n\x07members\x18\x03 \x03(\t\x12\x10\n\x08speakers\x18\x04 \x03(\t\x12\"\n\x04work\x18\x05 \x03(\x0b\x32\x14.averaging.RoundWork\"\xd4\x01\n\x0f\x46romCoordinator\x12\x0f\n\x05\x61live\x18\x01 \x01(\x08H\x00\x12\x10\n\x06\x62\x65hind\x18\x02 \x01(\x04H\x00\x12\x11\n\x07\x64rifted\x18\x03 \x01(\x08H\x00\x12#\n\x04plan\x18\x04 \x01(\x0b\x32\x13.averaging.StepPlanH\x00\x12%\n\x07verdict\x18\x05 \x01(\x0b\x32\x12.averaging.VerdictH\x00\x12\x0f\n\x05moved\x18\x06 \x01(\tH\x00\x12#\n\x06repair\x18\x07 \x01(\x0b\x32\x11.averaging.RepairH\x00\x42\t\n\x07\x63ontent\"\'\n\tStepQuery\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\x84\x01\n\x08StepInfo\x12\x11\n\tcommitted\x18\x01 \x01(\x08\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x13\n\x0b\x63oordinator\x18\x04 \x01(\t\x12\x0f\n\x07reports\x18\x05 \x01(\r\x12\x0f\n\x07pending\x18\x06 \x01(\x08\x12\x10\n\x08left_out\x18\x07 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,22 +35,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUNDGREETING']._serialized_end=100
   _globals['_PIECE']._serialized_start=102
   _globals['_PIECE']._serialized_end=140
-  _globals['_STEPREPORT']._serialized_start=142
-  _globals['_STEPREPORT']._serialized_end=204
-  _globals['_STEPDONE']._serialized_start=206
-  _globals['_STEPDONE']._serialized_end=241
-  _globals['_FROMMEMBER']._serialized_start=243
-  _globals['_FROMMEMBER']._serialized_end=361
-  _globals['_PLANMEMBER']._serialized_start=363
-  _globals['_PLANMEMBER']._serialized_end=405
-  _globals['_STEPPLAN']._serialized_start=407
-  _globals['_STEPPLAN']._serialized_end=484
-  _globals['_VERDICT']._serialized_start=486
-  _globals['_VERDICT']._serialized_end=543
-  _globals['_FROMCOORDINATOR']._serialized_start=546
-  _globals['_FROMCOORDINATOR']._serialized_end=721
-  _globals['_STEPQUERY']._serialized_start=723
-  _globals['_STEPQUERY']._serialized_end=762
-  _globals['_STEPINFO']._serialized_start=764
-  _globals['_STEPINFO']._serialized_end=861
+  _globals['_ROUNDFRAME']._serialized_start=142
+  _globals['_ROUNDFRAME']._serialized_end=234
+  _globals['_STEPREPORT']._serialized_start=236
+  _globals['_STEPREPORT']._serialized_end=347
+  _globals['_FROZEN']._serialized_start=349
+  _globals['_FROZEN']._serialized_end=370
+  _globals['_MISSING']._serialized_start=372
+  _globals['_MISSING']._serialized_end=412
+  _globals['_ROUNDDONE']._serialized_start=414
+  _globals['_ROUNDDONE']._serialized_end=523
+  _globals['_FROMMEMBER']._serialized_start=526
+  _globals['_FROMMEMBER']._serialized_end=700
+  _globals['_PLANMEMBER']._serialized_start=702
+  _globals['_PLANMEMBER']._serialized_end=777
+  _globals['_STEPPLAN']._serialized_start=779
+  _globals['_STEPPLAN']._serialized_end=872
+  _globals['_VERDICT']._serialized_start=874
+  _globals['_VERDICT']._serialized_end=949
+  _globals['_ROUNDWORK']._serialized_start=951
+  _globals['_ROUNDWORK']._serialized_end=1009
+  _globals['_REPAIR']._serialized_start=1011
+  _globals['_REPAIR']._serialized_end=1121
+  _globals['_FROMCOORDINATOR']._serialized_start=1124
+  _globals['_FROMCOORDINATOR']._serialized_end=1336
+  _globals['_STEPQUERY']._serialized_start=1338
+  _globals['_STEPQUERY']._serialized_end=1377
+  _globals['_STEPINFO']._serialized_start=1380
+  _globals['_STEPINFO']._serialized_end=1512
 # @@protoc_insertion_point(module_scope)

@@ -2,8 +2,9 @@
 
 Every peer is ready to coordinate: whoever reports to it opens a ballot for that step. A ballot closes
 when `averaging.plan.decide` says so; then all reporters get the plan on the stream they reported on, and
-the same streams carry back who holds the whole mean. Only if all do, the verdict is to commit: nobody
-steps alone. A reporter whose state differs from the majority's is told to fetch the state anew.
+the same streams carry back who holds what of the mean, and repairs if somebody was lost
+(`averaging.repair`). When all who are left hold the whole mean, and they are a quorum, the verdict is to
+commit. A reporter whose state differs from the majority's is told to fetch the state anew.
 
 Peers that should report but do not are asked where they are: one that does not answer is not waited for,
 one that has gone ahead shows that the others have moved on, and when two coordinators collect for the
@@ -24,10 +25,22 @@ from google.protobuf.message import DecodeError
 from averaging import averaging_pb2 as pb
 from averaging.errors import LinkError, ProtocolError
 from averaging.network import Buffer, Calls, Frame, Network, PeerId, Stream, answer
-from averaging.plan import Decision, Plan, Report, StepRules, decide, majority_hash, make_plan
+from averaging.plan import (
+    Decision,
+    Plan,
+    Report,
+    StepRules,
+    decide,
+    has_quorum,
+    majority_hash,
+    make_plan,
+)
+from averaging.repair import Holdings
+from averaging.round import Round
+from averaging.shares import Mode
+from averaging.wire import done_of, plan_message, repair_message, report_of
 
 STEP_SERVICE, QUERY_SERVICE = "step", "step-query"
-ALIVE_S = 1.0
 OPEN_BALLOTS = 8
 REMEMBERED_PLANS = 256
 MAX_IDS, ID_BYTES = 16_384, 16  # of one member in one step
@@ -45,11 +58,19 @@ class Ballot:
     reached_s: float | None = None  # when the target was reached
     plan: Plan | None = None
     closed_s: float | None = None  # when the plan was made
-    holds: dict[PeerId, bool] = field(default_factory=dict)  # who has the whole mean, who has not
+    holdings: Holdings | None = None  # once there is a plan: what its members hold
+    ids: dict[PeerId, set[bytes]] = field(default_factory=dict)  # of what each one's vector is made of
     duplicates: set[PeerId] = field(default_factory=set)  # who has something of another's in its vector
-    ids: set[bytes] = field(default_factory=set)  # of what the mean is made of
     ended: bool = False
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a plan came to."""
+
+    ids: tuple[bytes, ...]  # of all that the mean is made of
+    left_out: tuple[PeerId, ...]  # members of whom nothing is in it
 
 
 class Coordinator:
@@ -63,17 +84,20 @@ class Coordinator:
         version: Callable[[], int],
         expected: Callable[[], Collection[PeerId]],
         reporting_to: Callable[[], PeerId],
+        pending: Callable[[bytes], bool],
         suspect: Callable[[LinkError], None],
         refresh: Callable[[], Awaitable[None]],
         rng: random.Random,
     ) -> None:
         """`expected` are the live peers, this one included, as of the last `refresh`; `reporting_to` is this
-        peer's own coordinator; `suspect` hears of every dial that failed."""
+        peer's own coordinator, and `pending` whether it still hears that of a plan; `suspect` hears of
+        every dial that failed."""
         self._network, self._rules, self._rng = network, rules, rng
         self._version, self._expected = version, expected
-        self._reporting_to, self._suspect, self._refresh = reporting_to, suspect, refresh
+        self._reporting_to, self._pending = reporting_to, pending
+        self._suspect, self._refresh = suspect, refresh
         self._ballots: list[Ballot] = []
-        self._committed: dict[bytes, tuple[bytes, ...]] = {}  # plan -> its ids
+        self._committed: dict[bytes, Committed] = {}
         self._abandoned: dict[bytes, None] = {}
         self._queries = Calls(network, QUERY_SERVICE, deadline_s=min(2.0, self._rules.progress_s))
 
@@ -110,13 +134,17 @@ class Coordinator:
             ballot = self._ballot(step)
             ballot.streams[peer] = stream
             beat = asyncio.create_task(self._beat(stream, ballot))
+            heard_s = time_s()
             while not ballot.ended:
                 if ballot.streams.get(peer) is not stream:
                     break  # sent away, or it has opened another stream
                 if report is not None:
+                    heard_s = time_s()
                     self._take(ballot, peer, report)
-                elif ballot.plan is not None and peer not in ballot.holds:
-                    raise LinkError(peer, f"silent for {self._rules.progress_s:.1f} s while averaging")
+                elif ballot.closed_s is not None and (
+                    time_s() - max(heard_s, ballot.closed_s) >= self._rules.silence_s
+                ):
+                    raise LinkError(peer, f"silent for {self._rules.silence_s:.1f} s while averaging")
                 if ballot.closed_s is not None and time_s() > ballot.closed_s + self._rules.round_s:
                     raise LinkError(peer, f"still averages after {self._rules.round_s:.0f} s")
                 report = await self._receive(stream)
@@ -136,7 +164,7 @@ class Coordinator:
     async def _receive(self, stream: Stream) -> pb.FromMember | None:
         """The next message; None after a deadline without one: reports come only when there is news."""
         try:
-            async with asyncio.timeout(self._rules.progress_s):
+            async with asyncio.timeout(self._rules.silence_s):
                 frame = await stream.receive()
         except TimeoutError:
             return None
@@ -159,19 +187,39 @@ class Coordinator:
     def _take(self, ballot: Ballot, peer: PeerId, message: pb.FromMember) -> None:
         kind = message.WhichOneof("content")
         if kind == "report" and ballot.plan is None and not ballot.ended:
-            report = message.report
-            most = self._rules.max_weight
-            if report.step != ballot.step or not 0 <= report.weight <= most or len(report.state_hash) != 8:
-                raise ProtocolError(peer, f"report of weight {report.weight} for step {report.step}")
-            ballot.reports[peer] = Report(report.weight, report.state_hash)
+            ballot.reports[peer] = self._checked(ballot, peer, message.report)
             self.consider(ballot)
-        elif kind == "done" and ballot.plan is not None:
-            ids = {i for i in message.done.ids[:MAX_IDS] if len(i) == ID_BYTES}
-            if not ballot.ids.isdisjoint(ids):
+        elif kind == "frozen" and ballot.plan is not None and peer not in ballot.ids:
+            ids = {i for i in message.frozen.ids[:MAX_IDS] if len(i) == ID_BYTES}
+            if any(not ids.isdisjoint(others) for others in ballot.ids.values()):
                 ballot.duplicates.add(peer)
-            ballot.ids |= ids
-            ballot.holds[peer] = message.done.ok and peer not in ballot.duplicates
+            ballot.ids[peer] = ids
             self._finish(ballot)
+        elif kind == "failed" and ballot.holdings is not None:
+            ballot.holdings.failed = f"{peer[-8:]} cannot carry it out"
+            self._finish(ballot)
+        elif kind == "done" and ballot.holdings is not None:
+            self._repeat(ballot, ballot.holdings.take(peer, done_of(message.done, ballot.holdings.members)))
+
+    def _checked(self, ballot: Ballot, peer: PeerId, said: pb.StepReport) -> Report:
+        """Raises ProtocolError."""
+        report = report_of(said, peer)
+        if said.step != ballot.step or report.weight > self._rules.max_weight:
+            raise ProtocolError(peer, f"report of weight {said.weight} for step {said.step}")
+        sizes = {other.values for other in ballot.reports.values()} - {0}
+        if report.values and sizes - {report.values}:
+            raise ProtocolError(peer, f"brings {report.values} values, the others {sizes}")
+        return report
+
+    def _repeat(self, ballot: Ballot, rounds: Collection[Round]) -> None:
+        """Hand out repairs, and see whether the plan has come to its end."""
+        for round_ in rounds:
+            log.info("step %d: attempt %d at a round of %d", ballot.step, round_.attempt, len(round_.members))
+            message = pb.FromCoordinator(repair=repair_message(round_))
+            for peer in round_.members:
+                if (stream := ballot.streams.get(peer)) is not None:
+                    self._say_soon(stream, message)
+        self._finish(ballot)
 
     def _leave(self, ballot: Ballot, peer: PeerId) -> None:
         ballot.streams.pop(peer, None)
@@ -179,9 +227,8 @@ class Coordinator:
             ballot.reports.pop(peer, None)
             if not ballot.streams:
                 self._end(ballot)
-        elif not ballot.ended:
-            ballot.holds[peer] = False
-            self._finish(ballot)
+        elif ballot.holdings is not None and not ballot.ended:
+            self._repeat(ballot, ballot.holdings.lose(peer))
 
     async def _beat(self, stream: Stream, ballot: Ballot) -> None:
         """Tell the reporter that this coordinator lives; look after a ballot that does not close."""
@@ -189,7 +236,7 @@ class Coordinator:
         try:
             while True:
                 await stream.send(alive)
-                await asyncio.sleep(ALIVE_S)
+                await asyncio.sleep(self._rules.silence_s / 4)
                 first = next(iter(ballot.streams.values()), None)
                 if first is stream and ballot.plan is None:  # one of its beats looks after a ballot
                     await self._look_for(ballot)
@@ -241,8 +288,9 @@ class Coordinator:
 
     def _send_drifted_away(self, ballot: Ballot) -> bool:
         """Reporters whose state is not the majority's must fetch it before they can average."""
-        majority = majority_hash({peer: report.state_hash for peer, report in ballot.reports.items()})
-        drifted = [p for p, r in ballot.reports.items() if r.state_hash != majority]
+        stated = {p: r.state_hash for p, r in ballot.reports.items() if r.mode is not Mode.AUXILIARY}
+        majority = majority_hash(stated)
+        drifted = [peer for peer, state in stated.items() if state != majority]
         for peer in drifted:
             log.warning("step %d: %s holds another state than the majority", ballot.step, peer[-8:])
             del ballot.reports[peer]
@@ -255,33 +303,52 @@ class Coordinator:
             coordinator=self._network.peer_id,
             reports=ballot.reports,
             nonce=self._rng.randbytes(16),
-            group_size=self._rules.group_size,
+            rules=self._rules,
         )
         ballot.plan, ballot.closed_s = plan, asyncio.get_running_loop().time()
-        members = [pb.PlanMember(peer=m.peer, weight=m.weight) for m in plan.members]
-        message = pb.FromCoordinator(plan=pb.StepPlan(key=plan.key, step=plan.step, members=members))
+        ballot.holdings = Holdings(plan, max_weight=self._rules.max_weight)
+        message = pb.FromCoordinator(plan=plan_message(plan))
         for stream in ballot.streams.values():
             self._say_soon(stream, message)
 
     def _finish(self, ballot: Ballot) -> None:
-        """Speak the verdict once it is known: commit if everybody holds the mean, else abandon."""
-        assert ballot.plan is not None
-        members = [member.peer for member in ballot.plan.members]
-        failed = any(ballot.holds.get(peer) is False for peer in members)
-        complete = all(ballot.holds.get(peer) for peer in members)
-        if ballot.ended or not (failed or complete):
+        """Speak the verdict once it is known."""
+        if ballot.ended or ballot.plan is None or ballot.holdings is None:
             return
-        commit = complete and not self.is_abandoned(ballot.plan.key)
+        plan, holdings = ballot.plan, ballot.holdings
+        left_out = holdings.left_out() if holdings.complete else set()
+        commit = holdings.complete and not ballot.duplicates
+        if not (commit or holdings.failed or ballot.duplicates):
+            return
+        if commit and (why := self._short_of(ballot, holdings, left_out)):
+            log.info("step %d: abandoned: %s", ballot.step, why)
+            commit = False
+        commit = commit and not self.is_abandoned(plan.key)
         if not commit:
-            self.abandon(ballot.plan.key)
+            self.abandon(plan.key)
         self._end(ballot)
+        ids = sorted(set().union(*(ids for peer, ids in ballot.ids.items() if peer not in left_out)))
         for peer, stream in ballot.streams.items():
             verdict = pb.Verdict(
                 commit=commit,
-                ids=sorted(ballot.ids) if commit else [],
+                ids=ids if commit else [],
+                left_out=sorted(left_out) if commit else [],
                 duplicate=peer in ballot.duplicates,
             )
             self._say_soon(stream, pb.FromCoordinator(verdict=verdict))
+
+    def _short_of(self, ballot: Ballot, holdings: Holdings, left_out: Collection[PeerId]) -> str:
+        """Why a mean that is there may not be used; empty if it may."""
+        assert ballot.plan is not None
+        members = ballot.plan.members
+        inside = [member for member in members if member.peer not in left_out]
+        if not has_quorum(holdings.alive, [member.peer for member in members]):
+            return "too few members are left"
+        if sum(member.weight for member in inside) < self._rules.target:
+            return "what is left weighs too little"
+        if any(member.weight > 0 and member.peer not in ballot.ids for member in inside):
+            return "nobody knows what was in the vector of a member that was lost"
+        return ""
 
     def step_closed(self, version: int) -> None:
         """This peer has reached `version`: whoever still reports for an earlier step is behind."""
@@ -339,9 +406,14 @@ class Coordinator:
             raise LinkError(sender, "malformed step query") from None
         info = pb.StepInfo(version=self._version(), coordinator=self._reporting_to())
         if query.plan:
-            info.committed = query.plan in self._committed
-            info.ids.extend(self._committed.get(query.plan, ()))
-            if not info.committed:
+            known = self._committed.get(query.plan)
+            if known is not None:
+                info.committed = True
+                info.ids.extend(known.ids)
+                info.left_out.extend(known.left_out)
+            elif self._pending(query.plan):
+                info.pending = True
+            else:
                 self.abandon(query.plan)
         else:
             info.reports = max((len(b.reports) for b in self._ballots if b.step == query.step), default=0)
@@ -349,16 +421,16 @@ class Coordinator:
 
     # verdicts
 
-    def commit(self, plan: bytes, ids: tuple[bytes, ...]) -> bool:
+    def commit(self, plan: bytes, what: Committed) -> bool:
         """Commit to `plan` unless this peer has promised not to."""
         if plan in self._abandoned:
             return False
-        _remember(self._committed, plan, ids)
+        _remember(self._committed, plan, what)
         return True
 
-    def learn_committed(self, plan: bytes, ids: tuple[bytes, ...]) -> None:
+    def learn_committed(self, plan: bytes, what: Committed) -> None:
         """Another member has committed to `plan`: so does this one, whatever it had promised."""
-        _remember(self._committed, plan, ids)
+        _remember(self._committed, plan, what)
 
     def abandon(self, plan: bytes) -> None:
         """Promise never to commit `plan`; no-op if that was done already."""

@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 from averaging.network import PeerId
 
@@ -27,6 +28,8 @@ SOFT_EXCESS = 1  # members that a group may have beyond `group_size` before anot
 class Group:
     """The members of one line, in the order of its cells, and those whose values go into the mean."""
 
+    line: int  # its number among all lines of the grid
+    dimension: int
     members: tuple[PeerId, ...]
     speakers: tuple[PeerId, ...]
 
@@ -62,8 +65,9 @@ class Grid:
         line = [self.cells[first + i * stride] for i in range(side)]
         members = tuple(peer for inside in line for peer in inside)
         if dimension == 0:  # nothing has been averaged yet: everybody brings a value of its own
-            return Group(members, members)
-        return Group(members, tuple(inside[0] for inside in line))
+            return Group(first, dimension, members, members)
+        number = dimension * len(self.cells) + first
+        return Group(number, dimension, members, tuple(inside[0] for inside in line))
 
 
 def grid_sides(members: int, group_size: int) -> tuple[int, ...]:
@@ -81,14 +85,22 @@ def grid_sides(members: int, group_size: int) -> tuple[int, ...]:
         dimensions += 1
 
 
-def seat(peers: Sequence[PeerId], *, group_size: int, key: bytes) -> Grid:
-    """Seat `peers`, in any order, on a grid of groups of about `group_size`; `key` decides who sits where."""
+def seat(peers: Sequence[PeerId], *, group_size: int, key: bytes, helpers: Sequence[PeerId] = ()) -> Grid:
+    """Seat `peers`, in any order, on a grid of groups of about `group_size`; `key` decides who sits where.
+
+    `helpers` have no value of their own: they sit beside others, and never speak for a cell.
+    """
     sides = grid_sides(len(peers), group_size)
     numbers = range(math.prod(sides))
-    ordered = sorted(peers, key=lambda peer: hashlib.sha256(key + peer.encode()).digest())
-    doubled = sorted(numbers, key=lambda cell: _diagonal(cell, sides))[: len(peers) - len(numbers)]
+
+    def by_hash(peer: PeerId) -> bytes:
+        return hashlib.sha256(key + peer.encode()).digest()
+
+    ordered = sorted(peers, key=by_hash)
+    spread = sorted(numbers, key=lambda cell: _diagonal(cell, sides))
     cells = [[peer] for peer in ordered[: len(numbers)]]
-    for peer, cell in zip(ordered[len(numbers) :], doubled, strict=True):
+    extra = [*ordered[len(numbers) :], *sorted(helpers, key=by_hash)]
+    for peer, cell in zip(extra, cycle(spread), strict=False):
         cells[cell].append(peer)
     seats = {peer: number for number, inside in enumerate(cells) for peer in inside}
     return Grid(sides, tuple(tuple(inside) for inside in cells), seats)

@@ -43,6 +43,7 @@ class MemoryStream:
         self._changed = asyncio.Event()
         self._broken: str | None = None
         self._free_at_s = 0.0  # when the link has finished sending what was sent so far
+        self._sent_bytes = self._received_bytes = 0
         self._arrival_s = 0.0  # of the newest frame: timers of equal time fire in any order
         self.from_dialer = False
         self.finishing = False
@@ -70,6 +71,15 @@ class MemoryStream:
         if self._broken is not None:
             raise LinkError(self.remote, self._broken)
         await self._hub.carry(self, twin, frame)
+
+    @property
+    def received_bytes(self) -> int:
+        """As if they trickled in: all that has been sent to here but what the link still has to carry."""
+        twin = self._twin
+        assert twin is not None
+        if self._hub.hung.isdisjoint((self._local, self.remote)):
+            self._received_bytes = twin._sent_bytes - int(self._hub.under_way_bytes(twin))
+        return self._received_bytes
 
     async def receive(self) -> Frame | None:
         while not self._inbox:
@@ -183,6 +193,7 @@ class MemoryHub:
         link = self.link(source, target)
         loop = asyncio.get_running_loop()
         size = 0 if frame is None else len(frame.header) + len(frame.payload)
+        sender._sent_bytes += size
         sender._free_at_s = max(loop.time(), sender._free_at_s) + size / link.bytes_per_s
         arrives_s = max(sender._free_at_s + link.latency_s, sender._arrival_s + 1e-9)
         sender._arrival_s = arrives_s
@@ -196,6 +207,12 @@ class MemoryHub:
             loop.call_at(arrives_s, self._act, ends, lambda: sender._break("stream broke"))
         if size and link.bytes_per_s != float("inf"):
             await asyncio.sleep(max(0.0, sender._free_at_s - loop.time()))
+
+    def under_way_bytes(self, sender: MemoryStream) -> float:
+        """What a stream has sent and its link has not yet carried."""
+        rate = self.link(sender._local, sender.remote).bytes_per_s
+        left_s = sender._free_at_s - asyncio.get_running_loop().time()
+        return left_s * rate if left_s > 0 else 0.0
 
     def _replay(self, sender: MemoryStream, frame: Frame) -> None:
         """Deliver a request again on a stream of its own whose answer nobody reads."""

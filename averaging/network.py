@@ -38,6 +38,11 @@ class Stream(Protocol):
 
     remote: PeerId
 
+    @property
+    def received_bytes(self) -> int:
+        """So many bytes have come from the other end; grows while a frame is still arriving."""
+        ...
+
     async def send(self, header: bytes, payload: Buffer = b"") -> None:
         """Send one frame. Raises LinkError when the other end is gone or makes no progress."""
         ...
@@ -76,6 +81,22 @@ class Network(Protocol):
         """Answer streams to `service`: `handler` runs as a task per stream; a stream that it has not
         finished is aborted when it returns."""
         ...
+
+
+async def receive_before_silence(stream: Stream, silence_s: float) -> Frame:
+    """The next frame, as long as bytes come; an end is a failure. Raises LinkError."""
+    while True:
+        seen = stream.received_bytes
+        try:
+            async with asyncio.timeout(silence_s):
+                frame = await stream.receive()
+        except TimeoutError:
+            if stream.received_bytes == seen:
+                raise LinkError(stream.remote, f"silent for {silence_s:.1f} s") from None
+            continue
+        if frame is None:
+            raise LinkError(stream.remote, "ended the stream")
+        return frame
 
 
 async def answer(stream: Stream, respond: Respond) -> None:

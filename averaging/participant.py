@@ -1,13 +1,13 @@
 """A member's side of a step: report -> plan -> average -> verdict, until the step is closed.
 
     report the weight to the step's coordinator whenever it changes
-    on the plan: freeze what is to be averaged
-    average it with the plan's members; tell the coordinator whether the whole mean is here
+    on the plan: meet its members, freeze what is to be averaged
+    average it; tell the coordinator after every round what is missing here, and repeat what it asks for
     on the verdict: return the mean, or begin anew
 
 A coordinator that does not answer is passed over: the next one in the order takes its place. If it
 vanishes between plan and verdict, the members ask each other: if any has committed, all do; a member
-that says no promises never to.
+that says no promises never to, and as long as one still hears the coordinator the others wait.
 
 I/O: one event loop. Design section 6.
 """
@@ -26,14 +26,23 @@ import torch
 from google.protobuf.message import DecodeError
 
 from averaging import averaging_pb2 as pb
-from averaging import moshpit
-from averaging.allreduce import ButterflyAllReduce, RoundResult
-from averaging.coordinator import ALIVE_S, REMEMBERED_PLANS, STEP_SERVICE, Coordinator
-from averaging.errors import AveragingError, BehindError, LinkError, MovedError, RoundAbandonedError
+from averaging.allreduce import ButterflyAllReduce
+from averaging.coordinator import REMEMBERED_PLANS, STEP_SERVICE, Committed, Coordinator
+from averaging.errors import (
+    AveragingError,
+    BehindError,
+    LinkError,
+    MovedError,
+    ProtocolError,
+    RoundAbandonedError,
+)
+from averaging.moshpit import Averaged, Rounds
 from averaging.network import Network, PeerId, Stream
-from averaging.plan import Member, Plan, StepRules, check_plan, coordinator_order
+from averaging.plan import Plan, Report, StepRules, check_plan, coordinator_order, has_quorum
+from averaging.round import Done
+from averaging.shares import Mode
+from averaging.wire import done_message, plan_of, repair_of, report_message
 
-MAX_MEMBERS = 4096
 VERDICT_TRIES, VERDICT_PAUSE_S = 4, 0.25
 log = logging.getLogger(__name__)
 
@@ -53,7 +62,8 @@ class Mean:
 
     plan: Plan
     vector: torch.Tensor  # [values] float32, bit-identical on all members
-    ids: tuple[bytes, ...]  # of all contributions in it
+    members: tuple[PeerId, ...]  # whose contributions are in it
+    ids: tuple[bytes, ...]  # of those contributions
     sent_bytes: int
     averaging_s: float
 
@@ -67,6 +77,11 @@ class Contributor(Protocol):
     @property
     def weight(self) -> float: ...
 
+    @property
+    def values(self) -> int:
+        """Of its vector."""
+        ...
+
     async def prepare(self) -> None:
         """Called before every attempt to close the step."""
         ...
@@ -78,6 +93,17 @@ class Contributor(Protocol):
     def abandoned(self, *, duplicate: bool) -> None:
         """The plan came to nothing; if `duplicate`, another member brought some of the same ids."""
         ...
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A plan that is being carried out."""
+
+    plan: Plan
+    stream: Stream  # to its coordinator
+    rounds: Rounds
+    averaging: "asyncio.Task[Averaged]"
+    stuck: asyncio.Event  # something is missing, and only a repair can bring it
 
 
 class Participant:
@@ -94,15 +120,18 @@ class Participant:
         refresh_roster: Callable[[], Awaitable[None]],
         version: Callable[[], int],
         rng: random.Random,
+        mode: Mode = Mode.MEMBER,
     ) -> None:
         """`name` is shared by all who average together; `roster` are the others that live, as of the last
         `refresh_roster`; `version` counts the steps that this peer has applied; `rng` names plans."""
         self._network, self._all_reduce, self._rules, self._name = network, all_reduce, rules, name
         self._roster, self._refresh_roster, self._version = roster, refresh_roster, version
+        self._mode = mode
         self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
         self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
         self._seen_plans: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
         self._finishing: set[asyncio.Task[None]] = set()
+        self._pending: bytes = b""  # the plan whose coordinator is still heard
         self.reporting_to: PeerId = ""
         self.coordinator = Coordinator(
             network=network,
@@ -110,6 +139,7 @@ class Participant:
             version=version,
             expected=self.live,
             reporting_to=lambda: self.reporting_to,
+            pending=lambda plan: plan == self._pending,
             suspect=self._suspect,
             refresh=refresh_roster,
             rng=rng,
@@ -141,6 +171,10 @@ class Participant:
                 raise
             except AveragingError as error:
                 log.info("step %d: %s", step, error)
+
+    def is_in(self, mean: Mean) -> bool:
+        """Is this member's own contribution in it?"""
+        return self._network.peer_id in mean.members
 
     # who
 
@@ -187,13 +221,13 @@ class Participant:
         task.add_done_callback(self._finishing.discard)
 
     async def _report_until_plan(self, stream: Stream, step: int, contributor: Contributor) -> Plan:
-        reporting = asyncio.create_task(_report(stream, step, contributor))
+        reporting = asyncio.create_task(self._keep_reporting(stream, step, contributor))
         try:
             while True:
                 answer = await self._hear(stream)
                 match answer.WhichOneof("content"):
                     case "plan":
-                        return await self._checked(answer.plan, step, stream.remote, contributor.weight)
+                        return await self._checked(answer.plan, step, stream.remote, contributor)
                     case "behind":
                         raise BehindError(f"the others are at version {answer.behind}")
                     case "drifted":
@@ -209,10 +243,10 @@ class Participant:
 
     async def _hear(self, stream: Stream) -> pb.FromCoordinator:
         try:
-            async with asyncio.timeout(self._rules.progress_s):
+            async with asyncio.timeout(self._rules.silence_s):
                 frame = await stream.receive()
         except TimeoutError:
-            raise LinkError(stream.remote, f"silent for {self._rules.progress_s:.1f} s") from None
+            raise LinkError(stream.remote, f"silent for {self._rules.silence_s:.1f} s") from None
         if frame is None:
             raise LinkError(stream.remote, "closed the step stream")
         try:
@@ -220,16 +254,19 @@ class Participant:
         except DecodeError:
             raise LinkError(stream.remote, "malformed message of a coordinator") from None
 
-    async def _checked(self, message: pb.StepPlan, step: int, coordinator: PeerId, weight: float) -> Plan:
-        members = tuple(Member(m.peer, m.weight) for m in message.members[: MAX_MEMBERS + 1])
-        plan = Plan(bytes(message.key), message.step, coordinator, members, self._rules.group_size)
+    async def _checked(
+        self, message: pb.StepPlan, step: int, coordinator: PeerId, contributor: Contributor
+    ) -> Plan:
+        try:
+            plan = plan_of(message, coordinator, self._rules)
+        except ProtocolError as error:
+            raise LinkError(coordinator, str(error)) from None
         me_and_coordinator = {self._network.peer_id, coordinator}
-        if any(member.peer not in {*self._roster(), *me_and_coordinator} for member in members):
+        if any(peer not in {*self._roster(), *me_and_coordinator} for peer in plan.by_peer):
             await self._refresh_roster()  # a newcomer that announced itself a moment ago
         roster = {*self._roster(), *me_and_coordinator}
-        wrong = check_plan(plan, me=self._network.peer_id, step=step, my_weight=weight, roster=roster)
-        if wrong is None and (len(plan.key) != 16 or len(members) > MAX_MEMBERS):
-            wrong = "it is malformed"
+        mine = self._report(contributor)
+        wrong = check_plan(plan, me=self._network.peer_id, step=step, mine=mine, roster=roster)
         if wrong is None and plan.key in self._seen_plans:
             wrong = "its key has been used"
         if wrong is not None:
@@ -237,99 +274,163 @@ class Participant:
         self._seen_plans.append(plan.key)
         return plan
 
+    def _report(self, contributor: Contributor) -> Report:
+        return Report(contributor.weight, contributor.state_hash, contributor.values, 1.0, self._mode)
+
+    async def _keep_reporting(self, stream: Stream, step: int, contributor: Contributor) -> None:
+        while True:
+            contributor.changed.clear()
+            report = report_message(step, self._report(contributor))
+            try:
+                await stream.send(pb.FromMember(report=report).SerializeToString())
+            except LinkError:
+                return  # the receiving side notices, too
+            await contributor.changed.wait()
+
     async def _carry_out(self, plan: Plan, stream: Stream, contributor: Contributor) -> Mean:
         """Freeze, average, and hear the verdict. Raises RoundAbandonedError if it came to nothing."""
         time_s = asyncio.get_running_loop().time
-        began_s, duplicate = time_s(), False
-        alive = asyncio.create_task(_say_alive(stream))
-        averaging: asyncio.Task[RoundResult | None] | None = None
+        began_s, verdict = time_s(), None
+        stuck = asyncio.Event()
+        rounds = Rounds(
+            plan,
+            self._network.peer_id,
+            all_reduce=self._all_reduce,
+            say=functools.partial(_say_done, stream, stuck),
+        )
+        alive = asyncio.create_task(_say_alive(stream, self._rules.silence_s / 4))
+        averaging = asyncio.create_task(self._average(plan, rounds, stream, contributor))
+        averaging.add_done_callback(functools.partial(_abort_if_failed, stream))
+        self._pending = plan.key
         try:
-            mine = await contributor.freeze()
-            log.debug("step %d: averaging with %d members", plan.step, len(plan.members))
-            averaging = asyncio.create_task(self._average(plan, stream, mine))
-            averaging.add_done_callback(functools.partial(_abort_if_failed, stream))
-            verdict = await self._verdict(plan, stream, averaging)
-            result = averaging.result() if averaging.done() else None
-            duplicate = verdict is not None and verdict.duplicate
-            ids = None if result is None else await self._committed(plan, verdict)
-            if result is None or ids is None:
+            under_way = _Plan(plan, stream, rounds, averaging, stuck)
+            verdict = await self._verdict(under_way)
+            if averaging.done():
+                averaging.result()  # raises what is a bug
+            committed = await self._committed(under_way, verdict)
+            if committed is None:
                 raise RoundAbandonedError(f"its plan of {len(plan.members)} members was abandoned")
-            return Mean(plan, result.mean, ids, result.sent_bytes, time_s() - began_s)
+            await asyncio.wait([averaging], timeout=self._rules.silence_s)  # at once, if all is here
+            if not averaging.done():
+                raise BehindError("the others hold a mean that is not all here")
+            result = averaging.result()
+            members = tuple(peer for peer in plan.by_peer if peer not in committed.left_out)
+            return Mean(plan, result.vector, members, committed.ids, result.sent_bytes, time_s() - began_s)
         except BaseException:
-            contributor.abandoned(duplicate=duplicate)
+            contributor.abandoned(duplicate=verdict is not None and verdict.duplicate)
             raise
         finally:
+            self._pending = b""
             alive.cancel()
-            if averaging is not None:
-                averaging.cancel()
+            averaging.cancel()
+            rounds.close()
 
-    async def _committed(self, plan: Plan, verdict: pb.Verdict | None) -> tuple[bytes, ...] | None:
-        """The ids in the mean if all members commit to `plan`, this one with them; else None."""
-        if verdict is None:
-            return await self._committed_elsewhere(plan)
-        ids = tuple(verdict.ids)
-        return ids if verdict.commit and self.coordinator.commit(plan.key, ids) else None
-
-    async def _average(self, plan: Plan, stream: Stream, mine: Contribution) -> RoundResult | None:
-        """The mean, or None if a member was lost; the coordinator is told which."""
+    async def _average(
+        self, plan: Plan, rounds: Rounds, stream: Stream, contributor: Contributor
+    ) -> Averaged:
+        """Freeze, and average; what was frozen is known to the coordinator before any of it is sent."""
         try:
-            result = await moshpit.average(
-                plan,
-                self._network.peer_id,
-                vector=mine.vector,
-                weight=min(self._rules.max_weight, mine.weight),
-                all_reduce=self._all_reduce,
-            )
+            mine = await contributor.freeze()
         except RoundAbandonedError as error:
-            log.info("step %d: %s", plan.step, error)
-            self.coordinator.abandon(plan.key)
-            result = None
-        done = pb.StepDone(ok=result is not None, ids=mine.ids)
-        with contextlib.suppress(LinkError):  # whoever waits for the verdict notices
-            await stream.send(pb.FromMember(done=done).SerializeToString())
-        return result
+            log.info("cannot carry out the plan: %s", error)
+            await _say(stream, pb.FromMember(failed=True))
+            return await asyncio.get_running_loop().create_future()  # until the verdict
+        log.debug("step %d: averaging with %d members", plan.step, len(plan.members))
+        await _say(stream, pb.FromMember(frozen=pb.Frozen(ids=mine.ids)))
+        return await rounds.average(mine.vector, min(self._rules.max_weight, mine.weight))
 
-    async def _verdict(
-        self, plan: Plan, stream: Stream, averaging: "asyncio.Task[RoundResult | None]"
-    ) -> pb.Verdict | None:
+    async def _committed(self, under_way: _Plan, verdict: pb.Verdict | None) -> Committed | None:
+        """What all members commit to, this one with them; None if the plan is abandoned."""
+        if verdict is None:
+            return await self._committed_elsewhere(under_way.plan)
+        committed = Committed(tuple(verdict.ids), tuple(verdict.left_out))
+        key = under_way.plan.key
+        return committed if verdict.commit and self.coordinator.commit(key, committed) else None
+
+    async def _verdict(self, under_way: _Plan) -> pb.Verdict | None:
         """What becomes of the plan; None if the coordinator vanished before it said so."""
+        plan, stream = under_way.plan, under_way.stream
         end_s = asyncio.get_running_loop().time() + 2 * self._rules.round_s
         try:
             while asyncio.get_running_loop().time() < end_s:
                 answer = await self._hear(stream)
-                if answer.WhichOneof("content") == "verdict":
-                    return answer.verdict
+                match answer.WhichOneof("content"):
+                    case "verdict":
+                        return answer.verdict
+                    case "repair":
+                        repair = repair_of(answer.repair, plan, max_weight=self._rules.max_weight)
+                        under_way.rounds.repeat(repair)
             raise LinkError(stream.remote, "speaks no verdict")
-        except LinkError as error:
+        except AveragingError as error:
             log.info("step %d: coordinator %s before its verdict", plan.step, error)
-        await asyncio.wait([averaging], timeout=self._rules.round_s)  # the others may have committed by then
+        self._pending = b""
+        stuck = asyncio.create_task(under_way.stuck.wait())
+        try:  # what can be had without the coordinator: the others may have committed by then
+            await asyncio.wait(
+                [under_way.averaging, stuck],
+                timeout=self._rules.round_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            stuck.cancel()
         return None
 
-    async def _committed_elsewhere(self, plan: Plan) -> tuple[bytes, ...] | None:
-        """The coordinator is gone: has any member committed? If none has, none will any more.
+    async def _committed_elsewhere(self, plan: Plan) -> Committed | None:
+        """The coordinator is gone: has any member committed? If most have not, none will any more.
 
         Members that do not answer leave a doubt, which later reports of the others will settle.
         """
         self.coordinator.abandon(plan.key)
-        silent = [m.peer for m in plan.members if m.peer != self._network.peer_id]
-        for _ in range(VERDICT_TRIES):
-            answers = await asyncio.gather(*(self._ask(peer, plan) for peer in silent))
-            for answer in answers:
-                if isinstance(answer, pb.StepInfo) and answer.committed:
-                    self.coordinator.learn_committed(plan.key, tuple(answer.ids))
-                    return tuple(answer.ids)
-            silent = [answer for answer in answers if isinstance(answer, str)]
-            if not silent:
+        undecided = sorted(peer for peer in plan.by_peer if peer != self._network.peer_id)
+        tries, end_s = 0, asyncio.get_running_loop().time() + self._rules.round_s
+        while undecided and tries < VERDICT_TRIES and asyncio.get_running_loop().time() < end_s:
+            answers = await self._ask_all(undecided, plan)
+            for answer in answers.values():
+                if answer.committed:
+                    committed = Committed(tuple(answer.ids), tuple(answer.left_out))
+                    self.coordinator.learn_committed(plan.key, committed)
+                    return committed
+            pending = [peer for peer, answer in answers.items() if answer.pending]
+            undecided = [peer for peer in undecided if peer in pending or peer not in answers]
+            if not pending and self._is_enough(plan, undecided):
                 return None
+            tries += not pending
             await asyncio.sleep(VERDICT_PAUSE_S)
         return None
 
-    async def _ask(self, peer: PeerId, plan: Plan) -> pb.StepInfo | PeerId | None:
-        """What `peer` knows of the plan; None if it is dead, its name if it does not answer."""
+    def _is_enough(self, plan: Plan, undecided: Collection[PeerId]) -> bool:
+        """Can those who promised not to commit `plan` do without an answer of the rest?"""
+        promised = [peer for peer in plan.by_peer if peer not in undecided]
+        return not undecided or (not self._rules.strict and has_quorum(promised, list(plan.by_peer)))
+
+    async def _ask_all(self, peers: Collection[PeerId], plan: Plan) -> dict[PeerId, pb.StepInfo]:
+        """What they know of the plan; once there are enough answers, the others have little time left."""
+        asked = {asyncio.create_task(self._ask(peer, plan)): peer for peer in peers}
+        answers: dict[PeerId, pb.StepInfo] = {}
+        waiting, limit_s = set(asked), None
+        try:
+            while waiting:
+                done, waiting = await asyncio.wait(
+                    waiting, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    break
+                for task in done:
+                    if (answer := task.result()) is not None:
+                        answers[asked[task]] = answer
+                if self._is_enough(plan, [peer for peer in peers if peer not in answers]):
+                    limit_s = VERDICT_PAUSE_S
+        finally:
+            for task in waiting:
+                task.cancel()
+        return answers
+
+    async def _ask(self, peer: PeerId, plan: Plan) -> pb.StepInfo | None:
+        """What `peer` knows of the plan: nothing if it is dead, None if it does not answer."""
         try:
             return await self.coordinator.query(peer, pb.StepQuery(plan=plan.key))
         except LinkError as error:
-            return None if error.refused else peer
+            return pb.StepInfo() if error.refused else None
 
 
 async def _finish(stream: Stream) -> None:
@@ -339,27 +440,27 @@ async def _finish(stream: Stream) -> None:
         stream.abort()
 
 
-def _abort_if_failed(stream: Stream, task: "asyncio.Task[RoundResult | None]") -> None:
+def _abort_if_failed(stream: Stream, task: "asyncio.Task[Averaged]") -> None:
     if not task.cancelled() and task.exception() is not None:
         stream.abort()  # a bug: nobody is to wait for it
 
 
-async def _report(stream: Stream, step: int, contributor: Contributor) -> None:
-    while True:
-        contributor.changed.clear()
-        report = pb.StepReport(step=step, weight=contributor.weight, state_hash=contributor.state_hash)
-        try:
-            await stream.send(pb.FromMember(report=report).SerializeToString())
-        except LinkError:
-            return  # the receiving side notices, too
-        await contributor.changed.wait()
+async def _say(stream: Stream, message: pb.FromMember) -> None:
+    with contextlib.suppress(LinkError):  # whoever waits for the verdict notices
+        await stream.send(message.SerializeToString())
 
 
-async def _say_alive(stream: Stream) -> None:
+async def _say_done(stream: Stream, stuck: asyncio.Event, done: Done) -> None:
+    if done.missing:
+        stuck.set()
+    await _say(stream, pb.FromMember(done=done_message(done)))
+
+
+async def _say_alive(stream: Stream, every_s: float) -> None:
     alive = pb.FromMember(alive=True).SerializeToString()
     try:
         while True:
             await stream.send(alive)
-            await asyncio.sleep(ALIVE_S)
+            await asyncio.sleep(every_s)
     except LinkError:
         return  # whoever waits for the verdict notices

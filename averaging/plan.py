@@ -8,12 +8,18 @@ Pure. Source: rotation and one decision per step are ours.
 """
 
 import hashlib
+import math
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from averaging.grid import Grid, seat
 from averaging.network import PeerId
+from averaging.shares import Mode
+
+MAX_MEMBERS, MAX_VALUES = 4096, 1 << 36
+SILENCE = 0.7  # of `progress_s`: the rest is for what has to be done again
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +29,16 @@ class StepRules:
     target: float  # weight at which a step closes
     max_weight: float  # nobody's vector weighs more, whatever it claims
     group_size: int = 16
-    progress_s: float = 5.0  # silence after which a member counts as lost
+    progress_s: float = 5.0  # a member that falls silent holds the others up for no longer
     round_s: float = 300.0  # most that the averaging of one step may take
     grace_s: float = 1.0  # wait for live peers that have not reported when the target is reached
     expire_s: float = 16.0  # a peer that was found dead is not expected for so long: its record lives on
+    strict: bool = False  # a round that loses a member is abandoned, not repaired
+
+    @property
+    def silence_s(self) -> float:
+        """Of a member that carries out a plan: after that it counts as lost."""
+        return SILENCE * self.progress_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +47,20 @@ class Report:
 
     weight: float
     state_hash: bytes
+    values: int = 0  # of its vector; 0 for an auxiliary
+    bandwidth: float = 1.0  # only ratios matter
+    mode: Mode = Mode.MEMBER
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
     peer: PeerId
     weight: float
+    bandwidth: float = 1.0
+    mode: Mode = Mode.MEMBER
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """One decision of a coordinator: these members average, in this order."""
 
@@ -51,20 +68,28 @@ class Plan:
     step: int
     coordinator: PeerId
     members: tuple[Member, ...]
-    group_size: int  # of the run: no coordinator chooses it
+    values: int  # of every vector
+    group_size: int  # these two are the run's: no coordinator chooses them
+    strict: bool = False
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         """Who sits where, and so the groups of every round; the same for everybody who has the plan."""
-        return seat([member.peer for member in self.members], group_size=self.group_size, key=self.key)
+        helpers = [member.peer for member in self.members if member.mode is Mode.AUXILIARY]
+        bringers = [member.peer for member in self.members if member.mode is not Mode.AUXILIARY]
+        return seat(bringers, group_size=self.group_size, key=self.key, helpers=helpers)
 
     @property
     def weight(self) -> float:
         """Of all members, as they reported it."""
         return sum(member.weight for member in self.members)
 
+    @cached_property
+    def by_peer(self) -> dict[PeerId, Member]:
+        return {member.peer: member for member in self.members}
+
     def __contains__(self, peer: object) -> bool:
-        return any(member.peer == peer for member in self.members)
+        return peer in self.by_peer
 
 
 def coordinator_order(peers: Iterable[PeerId], *, name: str, step: int) -> list[PeerId]:
@@ -119,27 +144,34 @@ def has_quorum(present: Collection[PeerId], live: Collection[PeerId]) -> bool:
 
 
 def make_plan(
-    *, step: int, coordinator: PeerId, reports: Mapping[PeerId, Report], nonce: bytes, group_size: int
+    *, step: int, coordinator: PeerId, reports: Mapping[PeerId, Report], nonce: bytes, rules: StepRules
 ) -> Plan:
     """Take in everybody who reported; the nonce decides who sits where."""
-    members = tuple(Member(peer, reports[peer].weight) for peer in sorted(reports))
+    members = tuple(Member(p, r.weight, r.bandwidth, r.mode) for p, r in sorted(reports.items()))
     digest = hashlib.sha256(nonce + struct.pack("<Q", step) + coordinator.encode())
     for member in members:
         digest.update(f"{member.peer}:{member.weight!r};".encode())
-    return Plan(digest.digest()[:16], step, coordinator, members, group_size)
+    values = max(report.values for report in reports.values())
+    return Plan(digest.digest()[:16], step, coordinator, members, values, rules.group_size, rules.strict)
 
 
-def check_plan(
-    plan: Plan, *, me: PeerId, step: int, my_weight: float, roster: Collection[PeerId]
-) -> str | None:
-    """Why a member should refuse `plan`, or None if it is fine."""
+def check_plan(plan: Plan, *, me: PeerId, step: int, mine: Report, roster: Collection[PeerId]) -> str | None:
+    """Why a member that has reported `mine` should refuse `plan`, or None if it is fine."""
     if plan.step != step:
         return f"the plan closes step {plan.step}, this is step {step}"
-    mine = [member.weight for member in plan.members if member.peer == me]
-    if len(mine) != 1:
-        return f"this peer stands {len(mine)} times in it"
-    if mine[0] > my_weight:
-        return f"it claims a weight of {mine[0]:g} for this peer, which has {my_weight:g}"
+    if not 0 < plan.values <= MAX_VALUES or mine.values not in (0, plan.values):
+        return f"it averages {plan.values} values, this peer has {mine.values}"
+    if len(plan.members) > MAX_MEMBERS or len({member.peer for member in plan.members}) < len(plan.members):
+        return "it is malformed"
+    if any(not 0 < member.bandwidth < math.inf for member in plan.members):
+        return "it names a bandwidth that is not positive"
+    claimed = next((member for member in plan.members if member.peer == me), None)
+    if claimed is None or claimed.mode is not mine.mode:
+        return "this peer does not stand in it as what it is"
+    if claimed.weight > mine.weight:
+        return f"it claims a weight of {claimed.weight:g} for this peer, which has {mine.weight:g}"
+    if all(member.mode is Mode.CLIENT for member in plan.members):
+        return "nobody in it can reduce"
     strangers = [member.peer for member in plan.members if member.peer not in roster]
     if strangers:
         return f"{len(strangers)} of its members are not on the roster"

@@ -1,6 +1,7 @@
 """The mean of the parts that arrived, by the weight that arrived (robust means plug in here).
 
-Torch, no I/O. Members are summed in the plan's order, so the result does not depend on who was faster.
+Torch, no I/O. Members are summed in the plan's order, so the result does not depend on who was faster; each
+is scaled and then added, rounded twice: fused, as some processors do it, the bits would be others.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ def weighted_mean(parts: Sequence[tuple[float, torch.Tensor | None]], values: in
         return torch.zeros(values)
     total = sum(weight for weight, _ in given)
     mean = given[0][1] * (given[0][0] / total)
+    scaled = torch.empty(values if len(given) > 1 else 0)
     for weight, part in given[1:]:
-        mean.add_(part, alpha=weight / total)
+        mean += torch.mul(part, weight / total, out=scaled)
     return mean

@@ -36,7 +36,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._broken: str | None = None
-        self._received_bytes = 0
+        self.received_bytes = 0
         self._paused = False
         self.transport: asyncio.Transport | None = None
 
@@ -54,7 +54,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._filled += nbytes
-        self._received_bytes += nbytes
+        self.received_bytes += nbytes
         while self._filled == len(self._target) and self._broken is None:
             self._advance()
 
@@ -103,7 +103,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
 
     @property
     def has_received(self) -> bool:
-        return self._received_bytes > 0
+        return self.received_bytes > 0
 
     def fail(self, why: str) -> None:
         if self._broken is None:
@@ -119,12 +119,12 @@ class FrameProtocol(asyncio.BufferedProtocol):
                 raise LinkError(self.remote, self._broken)
             self._readable.clear()
             under_way = self._target is not self._prefix or self._filled > 0
-            seen = self._received_bytes
+            seen = self.received_bytes
             try:
                 async with asyncio.timeout(self.progress_s):
                     await self._readable.wait()
             except TimeoutError:
-                if under_way and self._received_bytes == seen:
+                if under_way and self.received_bytes == seen:
                     self.fail(f"a frame stopped arriving for {self.progress_s:.1f} s")
         frame = self._frames.popleft()
         if self._paused and len(self._frames) < UNREAD_FRAMES // 2 and self.transport is not None:
@@ -175,6 +175,10 @@ class FramedStream:
             for start in range(0, len(view), PIECE_BYTES):
                 await protocol.room()
                 protocol.transport.write(view[start : start + PIECE_BYTES])
+
+    @property
+    def received_bytes(self) -> int:
+        return self._protocol.received_bytes
 
     async def receive(self) -> Frame | None:
         return await self._protocol.next_frame()

@@ -59,6 +59,7 @@ def step_rules(config: RunConfig) -> StepRules:
         round_s=config.averaging.round_deadline_s,
         grace_s=config.averaging.grace_s,
         expire_s=config.network.expire_s,
+        strict=config.training.strict,
     )
 
 
@@ -92,12 +93,7 @@ class Updater:
         self.counters: Counter[str] = Counter()
         self.participant = Participant(
             network=network,
-            all_reduce=ButterflyAllReduce(
-                network,
-                codec=CODECS[config.averaging.codec],
-                progress_s=rules.progress_s,
-                max_weight=rules.max_weight,
-            ),
+            all_reduce=ButterflyAllReduce(network, codec=CODECS[config.averaging.codec], rules=rules),
             rules=rules,
             name=f"{run}/{stage.stage}",
             roster=roster,
@@ -131,6 +127,10 @@ class Updater:
         """Tokens this peer has for the step that closes."""
         return min(self._rules.max_weight, float(sum(held.tokens for held in self._stage.sums)))
 
+    @property
+    def values(self) -> int:
+        return self._stage.values
+
     async def prepare(self) -> None:
         """Throw away sums with gradients that other peers have been given, or that are in a step already.
 
@@ -157,7 +157,8 @@ class Updater:
 
     async def _apply(self, mean: Mean) -> None:
         step, hash_before = mean.plan.step, self.state_hash
-        self._contributed[step] = self._frozen_ids
+        counted = self.participant.is_in(mean)
+        self._contributed[step] = self._frozen_ids if counted else ()
         self._contributed.pop(step - REMEMBERED_STEPS, None)
 
         def apply_and_hash() -> bytes:
@@ -170,17 +171,18 @@ class Updater:
             self._compute.hold(False)
         self.counters["averaging_bytes"] += mean.sent_bytes
         self.participant.coordinator.step_closed(self._stage.version)
+        if not counted:
+            self._server.lost_gradients(self._frozen_ids)
         self._say_steps([pb.Stepped(version=self._stage.version, microbatches=mean.ids)])
         self._server.announced_version = self._stage.version
         self._server.forget_released(mean.ids)
         self._server.resume_held()
-        members = tuple(m.peer for m in mean.plan.members)
-        log.debug("applied step %d with %d members, state %s", step, len(members), self.state_hash.hex())
+        log.debug("applied step %d with %d members, state %s", step, len(mean.members), self.state_hash.hex())
         self._on_step(
             AppliedStep(
                 version=self._stage.version,
-                members=members,
-                tokens=mean.plan.weight,
+                members=mean.members,
+                tokens=sum(mean.plan.by_peer[member].weight for member in mean.members),
                 averaging_s=mean.averaging_s,
                 sent_bytes=mean.sent_bytes,
                 state_hash=self.state_hash,

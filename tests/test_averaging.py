@@ -5,34 +5,47 @@ import asyncio
 import pytest
 import torch
 
-from averaging import moshpit, virtual_time
-from averaging.allreduce import PIECE_VALUES, SERVICE, ButterflyAllReduce
-from averaging.averaging_pb2 import RoundGreeting
+from averaging import virtual_time
+from averaging.allreduce import SERVICE, ButterflyAllReduce
+from averaging.averaging_pb2 import Piece, RoundFrame, RoundGreeting
 from averaging.codecs import CODECS
-from averaging.errors import LinkError, RoundAbandonedError
+from averaging.errors import LinkError
 from averaging.memory_network import Link, MemoryHub
-from averaging.plan import Report, make_plan
+from averaging.moshpit import Rounds
+from averaging.plan import Report, StepRules, make_plan
+from averaging.reduction import Means
+from averaging.round import PIECE_VALUES, first_round
 
 TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2, "int8": 3e-2, "int4": 0.25}
+RULES = StepRules(target=1, max_weight=1e6, progress_s=3)
 
 
 class Group:
-    def __init__(self, size: int, codec: str = "float32", **link) -> None:
+    """So many members, and a plan of all of them."""
+
+    def __init__(self, size: int, values: int, codec: str = "float32", **link) -> None:
         self.hub = MemoryHub(link=lambda a, b: Link(**{"latency_s": 0.01} | link))
         self.names = [f"p{i}" for i in range(size)]
         self.members = [
-            ButterflyAllReduce(self.hub.network(n), codec=CODECS[codec], progress_s=3, max_weight=1e6)
-            for n in self.names
+            ButterflyAllReduce(self.hub.network(n), codec=CODECS[codec], rules=RULES) for n in self.names
         ]
+        reports = {name: Report(1.0, bytes(8), values) for name in self.names}
+        self.plan = make_plan(step=0, coordinator="p0", reports=reports, nonce=b"n", rules=RULES)
 
-    async def average(self, vectors, weights, key=b"k" * 16):
+    async def average(self, vectors, weights):
+        """What every member says when its round is over, and its means."""
         for member in self.members:
             await member.start()
-        rounds = (
-            m.run((key, 0), self.names, vector=v, weight=w, most_weight=1e6, feed_back=True)
-            for m, v, w in zip(self.members, vectors, weights, strict=True)
-        )
-        return await asyncio.gather(*rounds, return_exceptions=True)
+        means = [Means(self.plan.values) for _ in self.members]
+        limits = [max(1e6, weight) for weight in weights]  # nobody thinks that it weighs too much itself
+        rounds = [
+            first_round(self.plan, name, 0, max_weight=limit)
+            for name, limit in zip(self.names, limits, strict=True)
+        ]
+        opened = [m.meet(r, mean) for m, r, mean in zip(self.members, rounds, means, strict=True)]
+        self.opened = opened
+        runs = (o.run(v, w) for o, v, w in zip(opened, vectors, weights, strict=True))
+        return await asyncio.gather(*runs), means
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -43,102 +56,124 @@ def test_all_members_hold_the_same_bits_of_the_weighted_mean(codec, size, values
     vectors = [torch.randn(values, generator=generator) for _ in range(size)]
     weights = [float(i) for i in range(size)]  # one of them has nothing to say
 
-    results = virtual_time.run(_average(Group(size, codec), vectors, weights))
+    async def main():
+        return await Group(size, values, codec).average(vectors, weights)
+
+    said, means = virtual_time.run(main())
+    assert not any(done.missing or done.lost for done in said)
     exact = sum(v * w for v, w in zip(vectors, weights, strict=True)) / sum(weights)
-    assert all(torch.equal(r.mean, results[0].mean) for r in results)
-    assert (results[0].mean - exact).norm() <= TOLERANCE[codec] * exact.norm() + 1e-7
-
-
-async def _average(group, vectors, weights):
-    return await group.average(vectors, weights)
+    assert all(torch.equal(mean.vector, means[0].vector) for mean in means)
+    assert all(mean.weight == sum(weights) for mean in means)
+    assert (means[0].vector - exact).norm() <= TOLERANCE[codec] * exact.norm() + 1e-7
 
 
 def test_bytes_on_the_wire_are_those_of_a_butterfly():
     size, values = 4, 4 * 512 * 100
-    results = virtual_time.run(_average(Group(size), [torch.ones(values)] * size, [1.0] * size))
+
+    async def main():
+        group = Group(size, values)
+        await group.average([torch.ones(values)] * size, [1.0] * size)
+        return [opened.sent_bytes for opened in group.opened]
+
     encoded = 4 * values
-    assert all(r.sent_bytes == pytest.approx(2 * (size - 1) / size * encoded, rel=0.01) for r in results)
+    for sent in virtual_time.run(main()):
+        assert sent == pytest.approx(2 * (size - 1) / size * encoded, rel=0.01)
 
 
 @pytest.mark.parametrize("fault", ["kill", "hang"])
-def test_a_member_lost_in_the_round_abandons_it_for_all_within_the_deadline(fault):
+def test_a_lost_member_leaves_the_mean_and_only_its_own_pieces_are_missing(fault):
     async def main():
-        group = Group(4, bytes_per_s=1e6)
+        group = Group(4, 4_000_000, bytes_per_s=1e6)
         loop = asyncio.get_running_loop()
-        loop.call_later(0.2, group.hub.kill if fault == "kill" else group.hub.hang, "p2")
-        survivors = asyncio.create_task(group.average([torch.randn(500_000)] * 4, [1.0] * 4))
-        done, _ = await asyncio.wait([survivors], timeout=30)
-        if not done:  # the lost one itself never ends
-            survivors.cancel()
-            pytest.fail("survivors wait for ever")
-        return survivors.result(), loop.time()
+        loop.call_later(2.5, group.hub.kill if fault == "kill" else group.hub.hang, "p2")
+        running = asyncio.create_task(group.average([torch.ones(4_000_000)] * 4, [1.0, 2.0, 3.0, 4.0]))
+        await asyncio.wait([running], timeout=30)  # the lost one itself never ends
+        running.cancel()
+        return [opened._done() for opened in group.opened], [opened._means for opened in group.opened]
 
-    results, ended_s = virtual_time.run(main())
-    for index, result in enumerate(results):
-        if index != 2:
-            assert isinstance(result, RoundAbandonedError)
-    assert ended_s <= 0.2 + 2 * 3 + 1
+    said, means = virtual_time.run(main())
+    for index in (0, 1, 3):
+        assert said[index].missing.keys() == {"p2"} and said[index].lost == {"p2"}
+        weights = {means[index].weight_of(p) for n in (0, 1, 3) for p in pieces_of(n)}
+        assert weights == {10.0, 7.0}, "of the pieces before and after the loss"
+
+
+def pieces_of(number):
+    plan = Group(4, 4_000_000).plan
+    return first_round(plan, "p0", 0, max_weight=1e6).work[f"p{number}"].pieces
 
 
 def test_strangers_and_false_weights_are_turned_away():
     async def main():
-        group = Group(2)
+        group = Group(3, 3 * 512)
+        plan = group.plan
         for member in group.members:
             await member.start()
         stranger = group.hub.network("stranger")
-        for weight in (1.0, 1e9, -1.0, float("nan")):
-            stream = await stranger.open("p0", SERVICE, max_payload_bytes=1 << 20)
-            await stream.send(RoundGreeting(plan=b"k" * 16, round=0, weight=weight).SerializeToString())
-            running = asyncio.create_task(group.average([torch.ones(10)] * 2, [1.0] * 2, key=bytes(16)))
-            with pytest.raises(LinkError):
-                await stream.receive()
-            results = await running
-            assert all(torch.equal(r.mean, torch.ones(10)) for r in results)
-            group.members[0]._rounds.clear()
-            group.members[1]._rounds.clear()
+        stream = await stranger.open("p0", SERVICE, max_payload_bytes=1 << 20)
+        await stream.send(RoundGreeting(plan=plan.key).SerializeToString())
+        running = asyncio.create_task(group.average([torch.ones(3 * 512)] * 3, [1.0, 1e9, 1.0]))
+        with pytest.raises(LinkError):
+            await stream.receive()
+        said, means = await running
+        assert said[0].lost == said[2].lost == {"p1"}, "its weight is above what any may have"
+        assert said[0].unused == said[2].unused == {"p1"}
+        assert means[0].weight == means[2].weight == 2.0
 
     virtual_time.run(main())
 
 
-def test_garbage_from_a_member_abandons_the_round():
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (RoundFrame(begin=-1.0), b""),
+        (RoundFrame(begin=float("nan")), b""),
+        (RoundFrame(piece=Piece(index=0)), bytes(40)),
+        (RoundFrame(begin=1.0), b"", RoundFrame(piece=Piece(index=7)), bytes(40)),
+        (RoundFrame(begin=1.0), b"", RoundFrame(piece=Piece(index=0)), bytes(39)),
+        (RoundFrame(begin=1.0), b"", RoundFrame(piece=Piece(index=0)), b"\xff" * 40),  # not finite
+    ],
+    ids=str,
+)
+def test_a_member_that_sends_garbage_is_dropped_and_named(bad):
     async def main():
-        hub = MemoryHub()
-        honest = ButterflyAllReduce(hub.network("a"), codec=CODECS["float32"], progress_s=3, max_weight=10)
+        group = Group(2, 10)
+        honest, liar = group.members[0], group.hub._networks["p1"]
         await honest.start()
-        liar = hub.network("b")
 
-        async def never(stream):
-            await asyncio.sleep(1)
+        async def silent(stream):
+            await asyncio.sleep(60)
 
-        await liar.serve(SERVICE, never, max_payload_bytes=1 << 24)
-        running = asyncio.create_task(
-            honest.run(
-                (b"k" * 16, 0),
-                ["a", "b"],
-                vector=torch.ones(2048),
-                weight=1.0,
-                most_weight=10,
-                feed_back=True,
-            )
-        )
-        stream = await liar.open("a", SERVICE, max_payload_bytes=1 << 24)
-        await stream.send(RoundGreeting(plan=b"k" * 16, round=0, weight=1.0).SerializeToString())
-        bad = torch.full((1024,), float("nan"))
-        await stream.send(b"", CODECS["float32"].encode(bad))
-        with pytest.raises(RoundAbandonedError):
-            await running
+        await liar.serve(SERVICE, silent, max_payload_bytes=1 << 24)
+        rounds = Rounds(group.plan, "p0", all_reduce=honest, say=(said := Said()))
+        running = asyncio.create_task(rounds.average(torch.ones(10), 1.0))
+        stream = await liar.open("p0", SERVICE, max_payload_bytes=1 << 24)
+        await stream.send(RoundGreeting(plan=group.plan.key).SerializeToString())
+        for header, payload in zip(bad[::2], bad[1::2], strict=True):
+            await stream.send(header.SerializeToString(), payload)
+        await asyncio.sleep(10)
+        running.cancel()
+        rounds.close()
+        return said.done
 
-    virtual_time.run(main())
+    (done,) = virtual_time.run(main())
+    assert done.lost == {"p1"}
+
+
+class Said:
+    def __init__(self):
+        self.done = []
+
+    async def __call__(self, done):
+        self.done.append(done)
 
 
 def test_a_group_of_one_needs_no_network():
     async def main():
-        hub = MemoryHub()
-        alone = ButterflyAllReduce(hub.network("a"), codec=CODECS["int8"], progress_s=3, max_weight=10)
-        reports = {"a": Report(3, bytes(8))}
-        plan = make_plan(step=0, coordinator="a", reports=reports, nonce=b"n", group_size=2)
+        group = Group(1, 100, "int8")
         vector = torch.randn(100)
-        result = await moshpit.average(plan, "a", vector=vector, weight=3.0, all_reduce=alone)
-        assert torch.equal(result.mean, vector) and result.sent_bytes == 0
+        rounds = Rounds(group.plan, "p0", all_reduce=group.members[0], say=Said())
+        result = await rounds.average(vector, 3.0)
+        assert torch.equal(result.vector, vector) and result.sent_bytes == 0
 
     virtual_time.run(main())

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = {"averaging": 0, "swarm": 1, "trainers": 2, "experiments": 3, "tests": 3}
 PURE = [
     "averaging/plan.py", "averaging/grid.py", "averaging/shares.py", "averaging/reduce.py",
+    "averaging/round.py", "averaging/repair.py", "averaging/wire.py",
     "swarm/records.py", "swarm/wiring.py",
     "swarm/partition.py", "swarm/assignment.py", "trainers/ledger.py", "trainers/routes.py",
     "trainers/throttle.py", "trainers/flight.py", "trainers/evidence.py", "trainers/events.py",

@@ -6,30 +6,41 @@ import numpy as np
 import pytest
 import torch
 
-from averaging import moshpit, virtual_time
+from averaging import virtual_time
 from averaging.allreduce import ButterflyAllReduce
 from averaging.codecs import CODECS, INT8_BLOCK
 from averaging.grid import grid_sides, seat
 from averaging.memory_network import MemoryHub
-from averaging.plan import Report, make_plan
+from averaging.moshpit import Rounds
+from averaging.plan import Report, StepRules, make_plan
+from averaging.round import Done
 
 
 async def average_all(vectors, weights, group_size, codec="float32"):
     """Every peer's result of one plan over all of them."""
     names = [f"peer{i:04d}" for i in range(len(vectors))]
-    hub = MemoryHub()
-    reducers = [
-        ButterflyAllReduce(hub.network(name), codec=CODECS[codec], progress_s=3, max_weight=100)
-        for name in names
-    ]
-    reports = {name: Report(weight, bytes(8)) for name, weight in zip(names, weights, strict=True)}
-    plan = make_plan(step=0, coordinator=names[0], reports=reports, nonce=b"n", group_size=group_size)
+    hub, rules = MemoryHub(), StepRules(target=1, max_weight=100, group_size=group_size, progress_s=3)
+    reducers = [ButterflyAllReduce(hub.network(name), codec=CODECS[codec], rules=rules) for name in names]
+    size = len(vectors[0])
+    reports = {name: Report(weight, bytes(8), size) for name, weight in zip(names, weights, strict=True)}
+    plan = make_plan(step=0, coordinator=names[0], reports=reports, nonce=b"n", rules=rules)
     for reducer in reducers:
         await reducer.start()
     each = zip(names, vectors, weights, reducers, strict=True)
-    return plan, await asyncio.gather(
-        *(moshpit.average(plan, n, vector=v, weight=w, all_reduce=r) for n, v, w, r in each)
-    )
+    said: list[Done] = []
+    parts = [(Rounds(plan, n, all_reduce=r, say=noting(said)), v, w) for n, v, w, r in each]
+    results = await asyncio.gather(*(rounds.average(v, w) for rounds, v, w in parts))
+    for rounds, _, _ in parts:
+        rounds.close()
+    assert not any(done.missing or done.lost for done in said)
+    return plan, results
+
+
+def noting(said):
+    async def say(done):
+        said.append(done)
+
+    return say
 
 
 @pytest.mark.parametrize(
@@ -45,8 +56,8 @@ def test_on_a_full_grid_the_mean_is_exact_after_as_many_rounds_as_dimensions(gro
     mean = torch.stack([v.double() * w for v, w in zip(vectors, weights, strict=True)]).sum(0) / sum(weights)
     assert plan.grid.sides == (group_size,) * dimensions
     for result in results:
-        assert (result.mean - mean).norm() <= 2e-6 * mean.norm()
-        assert torch.equal(result.mean, results[0].mean)
+        assert (result.vector - mean).norm() <= 2e-6 * mean.norm()
+        assert torch.equal(result.vector, results[0].vector)
         assert result.weight == pytest.approx(sum(weights))
 
 
@@ -58,8 +69,8 @@ def test_for_any_number_of_members_too(count, codec):
     _, results = virtual_time.run(average_all(vectors, weights, 4, codec))
     mean = sum(v * w for v, w in zip(vectors, weights, strict=True)) / sum(weights)
     tolerance = {"float32": 1e-5, "float16": 5e-3, "int4": 0.6}.get(codec, 0.05)
-    assert all((result.mean - mean).norm() <= tolerance * mean.norm() for result in results)
-    assert all(torch.equal(result.mean, results[0].mean) for result in results)
+    assert all((result.vector - mean).norm() <= tolerance * mean.norm() for result in results)
+    assert all(torch.equal(result.vector, results[0].vector) for result in results)
     assert len({result.weight for result in results}) == 1
 
 

@@ -1,10 +1,12 @@
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from averaging.plan import (
     Report,
+    StepRules,
     check_plan,
     coordinator_order,
     decide,
@@ -12,13 +14,14 @@ from averaging.plan import (
     majority_hash,
     make_plan,
 )
-from averaging.shares import Slice, equal_slices, pieces
+from averaging.shares import Mode, Slice, equal_slices, pieces
 
+RULES = StepRules(target=1, max_weight=100, group_size=2)
 PEERS = ["a", "b", "c", "d"]
 
 
 def reports(**weights: float) -> dict[str, Report]:
-    return {peer: Report(weight, b"12345678") for peer, weight in weights.items()}
+    return {peer: Report(weight, b"12345678", 10) for peer, weight in weights.items()}
 
 
 def close(heard: dict[str, Report], **more):
@@ -63,20 +66,28 @@ def test_of_two_sides_of_a_broken_link_exactly_one_has_the_quorum(live):
 
 def test_a_plan_seats_all_reporters_and_names_itself_uniquely():
     heard = reports(b=1, a=2)
-    plan = make_plan(step=3, coordinator="a", reports=heard, nonce=b"n", group_size=2)
+    plan = make_plan(step=3, coordinator="a", reports=heard, nonce=b"n", rules=RULES)
     assert [m.peer for m in plan.members] == ["a", "b"]
     assert [sorted(group.members) for group in plan.grid.groups(0)] == [["a", "b"]]
     assert len(plan.key) == 16
-    assert plan.key != make_plan(step=3, coordinator="a", reports=heard, nonce=b"m", group_size=2).key
+    assert plan.key != make_plan(step=3, coordinator="a", reports=heard, nonce=b"m", rules=RULES).key
 
 
 def test_members_refuse_a_plan_that_is_not_what_they_reported():
-    plan = make_plan(step=3, coordinator="a", reports=reports(a=5, b=7), nonce=b"n", group_size=2)
-    good = {"me": "b", "step": 3, "my_weight": 7.0, "roster": {"a", "b"}}
+    plan = make_plan(step=3, coordinator="a", reports=reports(a=5, b=7), nonce=b"n", rules=RULES)
+    mine = Report(7.0, b"12345678", 10)
+    good = {"me": "b", "step": 3, "mine": mine, "roster": {"a", "b"}}
     assert check_plan(plan, **good) is None
     assert "closes step" in check_plan(plan, **good | {"step": 4})
-    assert "weight" in check_plan(plan, **good | {"my_weight": 6.0})
-    assert "stands 0 times" in check_plan(plan, **good | {"me": "c"})
+    assert "weight" in check_plan(plan, **good | {"mine": replace(mine, weight=6.0)})
+    assert "does not stand in it" in check_plan(plan, **good | {"me": "c"})
+    assert "as what it is" in check_plan(plan, **good | {"mine": replace(mine, mode=Mode.CLIENT)})
+    assert "11" in check_plan(plan, **good | {"mine": replace(mine, values=11)})
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        changed = replace(plan, members=(plan.members[0], replace(plan.members[1], bandwidth=wrong)))
+        assert "bandwidth" in check_plan(changed, **good)
+    clients = replace(plan, members=tuple(replace(m, mode=Mode.CLIENT) for m in plan.members))
+    assert "can reduce" in check_plan(clients, **good | {"mine": replace(mine, mode=Mode.CLIENT)})
     assert "not on the roster" in check_plan(plan, **good | {"roster": {"b"}})
 
 

@@ -1,0 +1,192 @@
+"""What the members of a plan hold, and what is to be done when somebody was lost in a round.
+
+    every member says after every attempt at a round which pieces it does not hold
+    when all living members of a group have, and a piece is missing somewhere, the group tries again:
+        a piece that anybody holds is passed on: the bytes are the same
+        a piece that nobody holds is reduced again, by members that nobody has complained of
+        beyond the first dimension a lost speaker is replaced: its last groupmates hold the same value
+    a strict plan is never repaired: it fails
+
+The mean of the first dimension is over what arrived. Who was lost counts as in it if anything of it is.
+
+Pure. Source: in Moshpit SGD, arXiv:2103.03239, groups go on with who is left; repairing is ours.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from averaging.network import PeerId
+from averaging.plan import Plan
+from averaging.round import Done, Round, Work, first_round
+from averaging.shares import Mode, Slice
+
+MAX_ATTEMPTS = 5
+
+
+@dataclass(slots=True)
+class _Line:
+    """One group in one dimension."""
+
+    dimension: int
+    round: Round  # the present attempt
+    own: frozenset[PeerId]  # who sits there; others only stand in for somebody
+    done: dict[PeerId, Done] = field(default_factory=dict)
+
+
+class Holdings:
+    """Follows one plan to its end: `take` and `lose` say what happened, and return the rounds to repeat."""
+
+    def __init__(self, plan: Plan, *, max_weight: float) -> None:
+        self._plan, self._grid = plan, plan.grid
+        self._modes = {member.peer: member.mode for member in plan.members}
+        self._alive = dict.fromkeys(self._modes)  # in the plan's order
+        self._lines: dict[int, _Line] = {}
+        self._of: dict[PeerId, list[_Line]] = {peer: [] for peer in self._modes}  # own lines, by dimension
+        for dimension in range(self._grid.dimensions):
+            for group in self._grid.groups(dimension):
+                round_ = first_round(plan, group.members[0], dimension, max_weight=max_weight)
+                line = _Line(dimension, round_, frozenset(group.members))
+                self._lines[group.line] = line
+                for peer in group.members:
+                    self._of[peer].append(line)
+        self._unused_by: dict[PeerId, frozenset[PeerId]] = {}  # in the first attempt at the first round
+        self.failed = ""  # why the plan cannot be carried out
+
+    @property
+    def alive(self) -> list[PeerId]:
+        """The members that are not lost."""
+        return list(self._alive)
+
+    @property
+    def members(self) -> Collection[PeerId]:
+        return self._modes.keys()
+
+    @property
+    def complete(self) -> bool:
+        """Do all living members hold the whole mean?"""
+        return not self.failed and all(self._has_ended(peer) for peer in self._alive)
+
+    def _has_ended(self, peer: PeerId) -> bool:
+        done = self._of[peer][-1].done.get(peer)
+        return done is not None and not self._lacks(peer, done)
+
+    def _lacks(self, peer: PeerId, done: Done) -> bool:
+        return bool(done.missing) and self._modes[peer] is not Mode.AUXILIARY
+
+    def left_out(self) -> set[PeerId]:
+        """Lost members of whose vector nothing is in the mean, as far as the living can tell."""
+        found = set()
+        for peer in self._modes.keys() - self._alive.keys():
+            witnesses = [p for p in self._of[peer][0].own if p in self._alive]
+            if witnesses and all(peer in self._unused_by.get(p, ()) for p in witnesses):
+                found.add(peer)
+        return found
+
+    def take(self, peer: PeerId, done: Done) -> list[Round]:
+        """A member has come to the end of an attempt."""
+        line = self._lines.get(done.line)
+        if line is None or peer not in self._alive or peer not in line.round.members:
+            return []
+        if done.attempt != line.round.attempt:
+            return []
+        line.done[peer] = done
+        if line.dimension == done.attempt == 0:
+            self._unused_by[peer] = done.unused
+        return self._repeat([line])
+
+    def lose(self, peer: PeerId) -> list[Round]:
+        """A member is gone, or has not been heard of for too long."""
+        if peer not in self._alive:
+            return []
+        del self._alive[peer]
+        if self._plan.strict:
+            self.failed = f"lost {peer[-8:]}"
+        return self._repeat(line for line in self._lines.values() if peer in line.round.members)
+
+    def _repeat(self, lines: Iterable[_Line]) -> list[Round]:
+        rounds = [self._again(line) for line in lines if self._is_stuck(line)]
+        return [round_ for round_ in rounds if round_ is not None and not self.failed]
+
+    def _living(self, line: _Line) -> list[PeerId]:
+        return [peer for peer in line.round.members if peer in self._alive]
+
+    def _is_stuck(self, line: _Line) -> bool:
+        """Has everybody come to the end, and somebody without the whole mean?"""
+        living = self._living(line)
+        if any(peer not in line.done for peer in living):
+            return False
+        return any(self._lacks(peer, line.done[peer]) for peer in living)
+
+    def _again(self, line: _Line) -> Round | None:
+        """The next attempt; None if there cannot be one."""
+        before, living = line.round, self._living(line)
+        if self._plan.strict or before.attempt == MAX_ATTEMPTS:
+            self.failed = f"a round lost somebody, after {before.attempt} repairs"
+            return None
+        reducers, speakers = self._sound(line, living), self._speakers(line)
+        if speakers is None or not reducers:
+            self.failed = "nobody is left to speak for a group, or to reduce"
+            return None
+        work = self._deal(line, living, reducers)
+        plan, number, attempt = before.name
+        # In the old order, deputies in the seats of the lost: elsewhere the same values are summed in it.
+        seated = [speakers.get(p, p) for p in before.members if p in speakers or p in living]
+        line.round = replace(
+            before,
+            name=(plan, number, attempt + 1),
+            members=tuple(dict.fromkeys(seated)),
+            speakers=frozenset(speakers.values()),
+            work=work,
+            feed_back=False,
+        )
+        line.done = {}
+        return line.round
+
+    def _sound(self, line: _Line, living: list[PeerId]) -> list[PeerId]:
+        """Those who can reduce; if possible, those between whom and the living nothing was lost."""
+        able = [peer for peer in living if peer in line.own and self._modes[peer] is not Mode.CLIENT]
+        complaints = [(p, q) for p in living for q in line.done[p].lost if q in self._alive]
+        troubled = {peer for pair in complaints for peer in pair}
+        return [peer for peer in able if peer not in troubled] or able
+
+    def _speakers(self, line: _Line) -> dict[PeerId, PeerId] | None:
+        """Who speaks for every speaker so far: itself, or a deputy if it was lost. None if one has none.
+
+        In the first dimension nobody can: what a lost member has not sent is lost.
+        """
+        speakers: dict[PeerId, PeerId] = {}
+        for peer in line.round.members:
+            if peer not in line.round.speakers:
+                continue
+            if peer in self._alive:
+                speakers[peer] = peer
+            elif line.dimension:
+                same = self._grid.group_of(peer, line.dimension - 1).members  # they hold the same value
+                able = [p for p in same if p in self._alive and self._modes[p] is not Mode.AUXILIARY]
+                inside = [p for p in able if p in line.round.members]
+                if not able:
+                    return None
+                speakers[peer] = (inside or able)[0]
+        return speakers
+
+    def _deal(self, line: _Line, living: list[PeerId], reducers: list[PeerId]) -> Mapping[PeerId, Work]:
+        """Pieces that somebody holds to whoever passes them on, all other missing ones over the reducers."""
+        wanting = [p for p in living if p in line.own and self._modes[p] is not Mode.AUXILIARY]
+        passed: dict[PeerId, list[Slice]] = {}
+        lost: list[Slice] = []
+        for reducer in sorted({r for peer in wanting for r in line.done[peer].missing}):
+            pieces = line.round.work[reducer].pieces
+            held = {p: self._held(p, reducer, line, len(pieces)) for p in {*wanting, *reducers}}
+            holder = max(reducers, key=lambda peer: held[peer])
+            passed.setdefault(holder, []).extend(pieces[min(held[p] for p in wanting) : held[holder]])
+            lost += pieces[held[holder] :]
+        reduced: dict[PeerId, list[Slice]] = {}
+        for number, piece in enumerate(lost):
+            reduced.setdefault(reducers[(number + line.round.attempt) % len(reducers)], []).append(piece)
+        every = {peer: Work(tuple(reduced.get(peer, ())), tuple(passed.get(peer, ()))) for peer in reducers}
+        return {peer: work for peer, work in every.items() if work.pieces}
+
+    def _held(self, peer: PeerId, reducer: PeerId, line: _Line, every: int) -> int:
+        if self._modes[peer] is Mode.AUXILIARY and peer != reducer:
+            return 0
+        return min(every, line.done[peer].missing.get(reducer, every))

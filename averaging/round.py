@@ -1,0 +1,89 @@
+"""One round in one group, described: who takes part, who reduces which pieces, and what came of it.
+
+A reducer's pieces travel in order, so what a member holds of them is a prefix: one number per reducer.
+
+Pure.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from averaging.codecs import INT8_BLOCK
+from averaging.network import PeerId
+from averaging.plan import Plan
+from averaging.shares import Mode, Slice, cut, pieces, shares
+
+PIECE_VALUES = 1 << 18  # 1 MiB of float32: one piece is under way while the next is encoded
+RoundName = tuple[bytes, int, int]  # the plan's key, the line of the grid, the attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one member does for the others in a round."""
+
+    reduced: tuple[Slice, ...] = ()
+    passed: tuple[Slice, ...] = ()  # it holds their means already, and passes them on before the others
+
+    @property
+    def pieces(self) -> tuple[Slice, ...]:
+        return self.passed + self.reduced
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One attempt at one round in one group."""
+
+    name: RoundName
+    members: tuple[PeerId, ...]  # summed in this order
+    speakers: frozenset[PeerId]  # whose values go into the mean
+    work: Mapping[PeerId, Work]  # of those who reduce or pass on anything
+    most_weight: float  # of one member
+    receivers: frozenset[PeerId]  # who wants the mean
+    all_needed: bool = False  # no mean without a part of every speaker
+    feed_back: bool = False  # add what a lossy codec left out of the last messages
+
+    @property
+    def line(self) -> int:
+        return self.name[1]
+
+    @property
+    def attempt(self) -> int:
+        return self.name[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What one member has to say after one attempt at one round."""
+
+    line: int
+    attempt: int
+    missing: Mapping[PeerId, int] = field(default_factory=dict)  # reducer -> how many of its pieces are here
+    lost: frozenset[PeerId] = frozenset()  # groupmates from whom not everything came
+    unused: frozenset[PeerId] = frozenset()  # groupmates of whom nothing is in what it reduced or holds
+
+
+def first_round(plan: Plan, peer: PeerId, dimension: int, *, max_weight: float) -> Round:
+    """The round of `peer` along one dimension of the plan's grid; `max_weight` bounds one member's."""
+    group = plan.grid.group_of(peer, dimension)
+    given = plan.by_peer
+    bringers = frozenset(p for p in group.members if given[p].mode is not Mode.AUXILIARY)
+    # By name: the same peers reduce the same slices from step to step, whatever their seats.
+    ordered = sorted(group.members)
+    modes = [given[peer].mode for peer in ordered]
+    slices = cut(plan.values, shares([given[peer].bandwidth for peer in ordered], modes), INT8_BLOCK)
+    work = {
+        reducer: Work(tuple(pieces(part, PIECE_VALUES)))
+        for reducer, part in zip(ordered, slices, strict=True)
+        if len(part)
+    }
+    return Round(
+        name=(plan.key, group.line, 0),
+        members=group.members,
+        speakers=bringers & frozenset(group.speakers),
+        work=work,
+        # Beyond the first dimension members stand for whole groups.
+        most_weight=max_weight * (len(plan.members) if dimension else 1),
+        all_needed=plan.strict or dimension > 0,
+        receivers=bringers,
+        feed_back=plan.grid.dimensions == 1,
+    )

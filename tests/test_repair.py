@@ -1,0 +1,133 @@
+"""Members that die, hang, or lose a link in the rounds of a plan: whole averagers in virtual time."""
+
+import asyncio
+import random
+
+import pytest
+import torch
+
+from averaging import virtual_time
+from averaging.averager import Averager
+from averaging.errors import BehindError
+from averaging.memory_network import Link, MemoryHub
+
+VALUES, STEPS, RATE = 300_000, 4, 2e6  # a round takes about 1.3 s
+
+
+class Schedule:
+    """Some steps of a few averagers, and faults between them by the seed."""
+
+    def __init__(self, seed: int, *, size: int, group_size: int, faults: int, kinds: list[str]) -> None:
+        self.rng, self.log = random.Random(seed), []
+        self.hub = MemoryHub(
+            rng=random.Random(seed), link=lambda a, b: Link(latency_s=0.02, bytes_per_s=RATE)
+        )
+        self.names = [f"p{i:02d}" for i in range(size)]
+        self.faults, self.kinds = faults, kinds
+        self.means: dict[int, dict[str, torch.Tensor]] = {}  # step -> what came out of it, and where
+        self.weights: dict[int, float] = {}
+        self.ended_s: dict[int, float] = {}
+        self.lost: set[str] = set()
+        generator = torch.Generator().manual_seed(seed)
+        self.vectors = {name: torch.randn(VALUES, generator=generator) for name in self.names}
+        self.averagers = {
+            name: Averager(
+                self.hub.network(name),
+                peers=lambda: [p for p in self.names if p not in self.hub.dead],
+                target=max(1.0, size - faults),
+                group_size=group_size,
+                codec="float32",
+                rng=random.Random(f"{seed} {name}"),
+            )
+            for name in self.names
+        }
+
+    def note(self, what: str) -> None:
+        self.log.append(f"{asyncio.get_running_loop().time():8.3f}  {what}")
+
+    async def run(self) -> None:
+        for averager in self.averagers.values():
+            await averager.start()
+        members = [asyncio.create_task(self.member(name)) for name in self.names]
+        breaking = asyncio.create_task(self.break_things())
+        await asyncio.wait([breaking])
+        breaking.result()
+        living = [task for name, task in zip(self.names, members, strict=True) if name not in self.lost]
+        done, waiting = await asyncio.wait(living, timeout=120)
+        assert not waiting, f"{len(waiting)} wait for ever"
+        for task in done:
+            task.result()
+
+    async def member(self, name: str) -> None:
+        averager = self.averagers[name]
+        while averager.step < STEPS:
+            step = averager.step
+            try:
+                mean = await averager.average(self.vectors[name])
+            except BehindError:
+                self.note(f"{name} is behind at step {step}")
+                averager.step = max(self.means, default=step) + 1  # as if it had fetched their state
+                continue
+            self.note(f"{name} has the mean of step {step} with {len(mean.members)}")
+            if name not in self.lost:
+                self.means.setdefault(step, {})[name] = mean.vector
+                self.ended_s[step] = asyncio.get_running_loop().time()
+
+    async def break_things(self) -> None:
+        for _ in range(self.faults):
+            await asyncio.sleep(self.rng.uniform(0.05, 2.5))
+            what = self.rng.choice(self.kinds)
+            victim = self.rng.choice([name for name in self.names if name not in self.lost])
+            self.note(f"{what} {victim}")
+            if what == "kill":
+                self.lost.add(victim)
+                self.hub.kill(victim)
+            elif what == "hang":
+                self.lost.add(victim)
+                self.hub.hang(victim)
+            else:
+                other = self.rng.choice([name for name in self.names if name != victim])
+                self.hub.sever(victim, other)
+                await asyncio.sleep(self.rng.uniform(1, 6))
+                self.hub.heal(victim, other)
+
+    def check(self) -> None:
+        """All who have the mean of a step have the same bits, near the mean of a large part of them."""
+        for step, found in self.means.items():
+            kinds = {vector.numpy().tobytes() for vector in found.values()}
+            assert len(kinds) == 1, f"step {step}: {len(kinds)} different means"
+        last = self.means[STEPS - 1]
+        assert 2 * len(last) > len(self.names) - len(self.lost)
+        alive = [name for name in self.names if name not in self.lost]
+        exact = torch.stack([self.vectors[name] for name in alive]).mean(0)
+        error = min((vector - exact).norm() / exact.norm() for vector in last.values())
+        assert error < 1e-5 or self.faults, error
+
+
+def holds(seed: int, **what) -> Schedule:
+    schedule = Schedule(seed, **what)
+    try:
+        virtual_time.run(schedule.run())
+        schedule.check()
+    except BaseException as error:
+        lines = "\n".join(schedule.log[-60:])
+        raise AssertionError(f"seed {seed} of {what} failed: {error!r}\n{lines}") from error
+    return schedule
+
+
+@pytest.mark.parametrize("size,group_size", [(2, 16), (4, 16), (7, 16), (9, 3), (13, 4), (8, 2)])
+def test_nothing_breaks_without_faults(size, group_size):
+    schedule = holds(0, size=size, group_size=group_size, faults=0, kinds=[])
+    assert all(len(found) == size for found in schedule.means.values())
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("size,group_size", [(4, 16), (7, 16), (9, 3), (13, 4)])
+def test_survivors_of_kills_hold_the_same_mean(seed, size, group_size):
+    holds(seed, size=size, group_size=group_size, faults=2, kinds=["kill"])
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("size,group_size", [(4, 16), (7, 16), (9, 3), (13, 4)])
+def test_survivors_of_all_kinds_of_faults_hold_the_same_mean(seed, size, group_size):
+    holds(seed, size=size, group_size=group_size, faults=2, kinds=["kill", "hang", "cut"])
