@@ -13,9 +13,7 @@ I/O: one asyncio loop. Source: Moshpit SGD, arXiv:2103.03239, section 3.2; hivem
 """
 
 import asyncio
-import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
 
 import torch
 from google.protobuf.message import DecodeError
@@ -24,7 +22,7 @@ from averaging.averaging_pb2 import Piece, RoundFrame, RoundGreeting
 from averaging.codecs import Codec
 from averaging.errors import AveragingError, LinkError, ProtocolError, RoundAbandonedError
 from averaging.feedback import Feedback
-from averaging.network import Buffer, Network, PeerId, Stream, receive_before_silence
+from averaging.network import Buffer, Network, PeerId, Stream, kept_alive, receive_before_silence
 from averaging.plan import StepRules
 from averaging.reduction import HELD, Means, Reduction, decode
 from averaging.round import PIECE_VALUES, Done, Round, RoundName, Work
@@ -194,7 +192,7 @@ class OpenRound:
         plan, line, attempt = self._round.name
         try:
             await stream.send(RoundGreeting(plan=plan, line=line, attempt=attempt).SerializeToString())
-            async with kept_alive(stream, self._silence_s), asyncio.TaskGroup() as tasks:
+            async with kept_alive(stream, ALIVE, self._silence_s), asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._send_parts(stream))
                 tasks.create_task(self._receive_means(stream))
             await stream.finish()
@@ -248,7 +246,7 @@ class OpenRound:
             raise ProtocolError(peer, "is not a member of the round it wants to join")
         self._served[peer] = stream
         try:
-            async with kept_alive(stream, self._silence_s), asyncio.TaskGroup() as tasks:
+            async with kept_alive(stream, ALIVE, self._silence_s), asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._receive_parts(stream))
                 if peer in self._round.receivers:
                     tasks.create_task(self._send_means(stream))
@@ -295,20 +293,3 @@ class OpenRound:
                 raise ProtocolError(stream.remote, "malformed frame of a round") from None
             if not content.alive:
                 return content, frame.payload
-
-
-@contextlib.asynccontextmanager
-async def kept_alive(stream: Stream, silence_s: float, alive: bytes = ALIVE) -> AsyncIterator[None]:
-    """Tell the other end that this one lives, whatever else is sent."""
-
-    async def beat() -> None:
-        with contextlib.suppress(LinkError):  # whoever uses the stream notices
-            while True:
-                await asyncio.sleep(silence_s / 4)
-                await stream.send(alive)
-
-    beating = asyncio.create_task(beat())
-    try:
-        yield
-    finally:
-        beating.cancel()

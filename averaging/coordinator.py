@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 
 from averaging import averaging_pb2 as pb
 from averaging.errors import LinkError, ProtocolError
-from averaging.network import Buffer, Calls, Frame, Network, PeerId, Stream, answer
+from averaging.network import BEATS, Buffer, Calls, Frame, Network, PeerId, Stream, answer, kept_alive
 from averaging.plan import (
     Decision,
     Plan,
@@ -41,6 +41,7 @@ from averaging.shares import Mode
 from averaging.wire import done_of, plan_message, repair_message, report_of
 
 STEP_SERVICE, QUERY_SERVICE = "step", "step-query"
+ALIVE = pb.FromCoordinator(alive=True).SerializeToString()
 OPEN_BALLOTS = 8
 REMEMBERED_PLANS = 256
 MAX_IDS, ID_BYTES = 16_384, 16  # of one member in one step
@@ -63,6 +64,7 @@ class Ballot:
     duplicates: set[PeerId] = field(default_factory=set)  # who has something of another's in its vector
     ended: bool = False
     reason: str = ""
+    looking: "asyncio.Task[None] | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +86,18 @@ class Coordinator:
         version: Callable[[], int],
         expected: Callable[[], Collection[PeerId]],
         reporting_to: Callable[[], PeerId],
+        silent: Callable[[], Collection[PeerId]],
         pending: Callable[[bytes], bool],
         suspect: Callable[[LinkError], None],
         refresh: Callable[[], Awaitable[None]],
         rng: random.Random,
     ) -> None:
-        """`expected` are the live peers, this one included, as of the last `refresh`; `reporting_to` is this
-        peer's own coordinator, and `pending` whether it still hears that of a plan; `suspect` hears of
-        every dial that failed."""
+        """`expected` are the live peers, this one included, as of the last `refresh`, and `silent` those that
+        have not answered lately; `reporting_to` is this peer's own coordinator, and `pending` whether it
+        still hears that of a plan; `suspect` hears of every dial that failed."""
         self._network, self._rules, self._rng = network, rules, rng
         self._version, self._expected = version, expected
-        self._reporting_to, self._pending = reporting_to, pending
+        self._silent, self._reporting_to, self._pending = silent, reporting_to, pending
         self._suspect, self._refresh = suspect, refresh
         self._ballots: list[Ballot] = []
         self._committed: dict[bytes, Committed] = {}
@@ -118,7 +121,6 @@ class Coordinator:
         peer = stream.remote
         ballot: Ballot | None = None
         time_s = asyncio.get_running_loop().time
-        beat: asyncio.Task[None] | None = None
         try:
             report = await self._receive(stream)
             if report is None or report.WhichOneof("content") != "report":
@@ -133,29 +135,26 @@ class Coordinator:
                 return await self._linger(stream)
             ballot = self._ballot(step)
             ballot.streams[peer] = stream
-            beat = asyncio.create_task(self._beat(stream, ballot))
-            heard_s = time_s()
-            while not ballot.ended:
-                if ballot.streams.get(peer) is not stream:
-                    break  # sent away, or it has opened another stream
-                if report is not None:
-                    heard_s = time_s()
-                    self._take(ballot, peer, report)
-                elif ballot.closed_s is not None and (
-                    time_s() - max(heard_s, ballot.closed_s) >= self._rules.silence_s
-                ):
-                    raise LinkError(peer, f"silent for {self._rules.silence_s:.1f} s while averaging")
-                if ballot.closed_s is not None and time_s() > ballot.closed_s + self._rules.round_s:
-                    raise LinkError(peer, f"still averages after {self._rules.round_s:.0f} s")
-                report = await self._receive(stream)
-            beat.cancel()
+            async with kept_alive(stream, ALIVE, self._rules.silence_s):
+                heard_s = time_s()
+                while not ballot.ended:
+                    if ballot.streams.get(peer) is not stream:
+                        break  # sent away, or it has opened another stream
+                    if report is not None:
+                        heard_s = time_s()
+                        self._take(ballot, peer, report)
+                    elif ballot.closed_s is not None and (
+                        time_s() - max(heard_s, ballot.closed_s) >= self._rules.silence_s
+                    ):
+                        raise LinkError(peer, f"silent for {self._rules.silence_s:.1f} s while averaging")
+                    if ballot.closed_s is not None and time_s() > ballot.closed_s + self._rules.round_s:
+                        raise LinkError(peer, f"still averages after {self._rules.round_s:.0f} s")
+                    report = await self._receive(stream)
             await self._linger(stream)
         except (LinkError, ProtocolError) as error:
             log.debug("a reporter left: %s", error)
             stream.abort()
         finally:
-            if beat is not None:
-                beat.cancel()
             if ballot is not None and ballot.streams.get(peer) is stream:
                 self._leave(ballot, peer)
                 if not ballot.ended:
@@ -230,19 +229,14 @@ class Coordinator:
         elif ballot.holdings is not None and not ballot.ended:
             self._repeat(ballot, ballot.holdings.lose(peer))
 
-    async def _beat(self, stream: Stream, ballot: Ballot) -> None:
-        """Tell the reporter that this coordinator lives; look after a ballot that does not close."""
-        alive = pb.FromCoordinator(alive=True).SerializeToString()
-        try:
-            while True:
-                await stream.send(alive)
-                await asyncio.sleep(self._rules.silence_s / 4)
-                first = next(iter(ballot.streams.values()), None)
-                if first is stream and ballot.plan is None:  # one of its beats looks after a ballot
-                    await self._look_for(ballot)
-                    self._reconsider(ballot)  # whoever was waited for may be gone by now
-        except LinkError:
-            stream.abort()
+    async def _look_after(self, ballot: Ballot) -> None:
+        """See what keeps a ballot from closing."""
+        pause_s = self._rules.silence_s / BEATS
+        await asyncio.sleep(0 if self._silent() else pause_s)  # are they dead, or only out of reach?
+        while not ballot.ended and ballot.plan is None:
+            await self._look_for(ballot)
+            self._reconsider(ballot)  # whoever was waited for may be gone by now
+            await asyncio.sleep(pause_s)
 
     # the decision
 
@@ -256,6 +250,7 @@ class Coordinator:
             for stream in oldest.streams.values():
                 stream.abort()
         self._ballots.append(ballot := Ballot(step))
+        ballot.looking = asyncio.create_task(self._look_after(ballot))
         return ballot
 
     def consider(self, ballot: Ballot) -> Decision:
@@ -272,6 +267,7 @@ class Coordinator:
             ballot.reports,
             target=rules.target,
             expected=self._expected(),
+            silent=self._silent(),
             waited_s=0.0 if ballot.reached_s is None else loop.time() - ballot.reached_s,
             grace_s=rules.grace_s,
         )
@@ -388,6 +384,8 @@ class Coordinator:
 
     def _end(self, ballot: Ballot) -> None:
         ballot.ended = True
+        if ballot.looking is not None:
+            ballot.looking.cancel()
         if ballot in self._ballots:
             self._ballots.remove(ballot)
 

@@ -13,8 +13,9 @@ Pure protocol definitions plus the pool; the shells are `swarm.hivemind_network`
 """
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,8 @@ Buffer = bytes | bytearray | memoryview
 
 MAX_HEADER_BYTES = 1 << 20  # token ids travel in headers
 IDLE_STREAMS_PER_PEER = 8
+BEATS = 4  # of a live process within the time that counts as silence
+LOOKS = 8  # for bytes of a frame under way, within the time that counts as silence
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +88,38 @@ class Network(Protocol):
 
 async def receive_before_silence(stream: Stream, silence_s: float) -> Frame:
     """The next frame, as long as bytes come; an end is a failure. Raises LinkError."""
+    time_s = asyncio.get_running_loop().time
+    seen, heard_s = stream.received_bytes, time_s()
     while True:
-        seen = stream.received_bytes
         try:
-            async with asyncio.timeout(silence_s):
+            async with asyncio.timeout(silence_s / LOOKS):
                 frame = await stream.receive()
         except TimeoutError:
-            if stream.received_bytes == seen:
+            if stream.received_bytes != seen:
+                seen, heard_s = stream.received_bytes, time_s()
+            elif time_s() - heard_s >= silence_s:
                 raise LinkError(stream.remote, f"silent for {silence_s:.1f} s") from None
             continue
         if frame is None:
             raise LinkError(stream.remote, "ended the stream")
         return frame
+
+
+@contextlib.asynccontextmanager
+async def kept_alive(stream: Stream, alive: bytes, silence_s: float) -> AsyncIterator[None]:
+    """Say `alive` to the other end, whatever else is sent, so that it hears no silence of `silence_s`."""
+
+    async def beat() -> None:
+        with contextlib.suppress(LinkError):  # whoever uses the stream notices
+            while True:
+                await stream.send(alive)
+                await asyncio.sleep(silence_s / BEATS)
+
+    beating = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        beating.cancel()
 
 
 async def answer(stream: Stream, respond: Respond) -> None:

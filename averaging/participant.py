@@ -37,12 +37,13 @@ from averaging.errors import (
     RoundAbandonedError,
 )
 from averaging.moshpit import Averaged, Rounds
-from averaging.network import Network, PeerId, Stream
+from averaging.network import Network, PeerId, Stream, kept_alive
 from averaging.plan import Plan, Report, StepRules, check_plan, coordinator_order, has_quorum
 from averaging.round import Done
 from averaging.shares import Mode
 from averaging.wire import done_message, plan_of, repair_of, report_message
 
+ALIVE = pb.FromMember(alive=True).SerializeToString()
 VERDICT_TRIES, VERDICT_PAUSE_S = 4, 0.25
 log = logging.getLogger(__name__)
 
@@ -139,6 +140,7 @@ class Participant:
             version=version,
             expected=self.live,
             reporting_to=lambda: self.reporting_to,
+            silent=self._silent,
             pending=lambda plan: plan == self._pending,
             suspect=self._suspect,
             refresh=refresh_roster,
@@ -191,10 +193,15 @@ class Participant:
             suspected = self._dead_s if error.refused else self._unreachable_s
             suspected[error.peer] = asyncio.get_running_loop().time()
 
-    def _next_coordinator(self) -> PeerId:
+    def _silent(self) -> Collection[PeerId]:
+        """Peers that have not answered lately."""
         recent_s = asyncio.get_running_loop().time() - self._rules.progress_s
         self._unreachable_s = {p: at for p, at in self._unreachable_s.items() if at > recent_s}
-        reachable = [peer for peer in self.live() if peer not in self._unreachable_s]
+        return self._unreachable_s.keys()
+
+    def _next_coordinator(self) -> PeerId:
+        silent = self._silent()
+        reachable = [peer for peer in self.live() if peer not in silent]
         return coordinator_order(reachable, name=self._name, step=self._version())[0]
 
     # one step
@@ -298,13 +305,13 @@ class Participant:
             all_reduce=self._all_reduce,
             say=functools.partial(_say_done, stream, stuck),
         )
-        alive = asyncio.create_task(_say_alive(stream, self._rules.silence_s / 4))
         averaging = asyncio.create_task(self._average(plan, rounds, stream, contributor))
         averaging.add_done_callback(functools.partial(_abort_if_failed, stream))
         self._pending = plan.key
         try:
             under_way = _Plan(plan, stream, rounds, averaging, stuck)
-            verdict = await self._verdict(under_way)
+            async with kept_alive(stream, ALIVE, self._rules.silence_s):
+                verdict = await self._verdict(under_way)
             if averaging.done():
                 averaging.result()  # raises what is a bug
             committed = await self._committed(under_way, verdict)
@@ -321,7 +328,6 @@ class Participant:
             raise
         finally:
             self._pending = b""
-            alive.cancel()
             averaging.cancel()
             rounds.close()
 
@@ -363,6 +369,7 @@ class Participant:
             raise LinkError(stream.remote, "speaks no verdict")
         except AveragingError as error:
             log.info("step %d: coordinator %s before its verdict", plan.step, error)
+            self._suspect(LinkError(stream.remote, str(error)))
         self._pending = b""
         stuck = asyncio.create_task(under_way.stuck.wait())
         try:  # what can be had without the coordinator: the others may have committed by then
@@ -454,13 +461,3 @@ async def _say_done(stream: Stream, stuck: asyncio.Event, done: Done) -> None:
     if done.missing:
         stuck.set()
     await _say(stream, pb.FromMember(done=done_message(done)))
-
-
-async def _say_alive(stream: Stream, every_s: float) -> None:
-    alive = pb.FromMember(alive=True).SerializeToString()
-    try:
-        while True:
-            await stream.send(alive)
-            await asyncio.sleep(every_s)
-    except LinkError:
-        return  # whoever waits for the verdict notices

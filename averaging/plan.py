@@ -19,7 +19,7 @@ from averaging.network import PeerId
 from averaging.shares import Mode
 
 MAX_MEMBERS, MAX_VALUES = 4096, 1 << 36
-SILENCE = 0.7  # of `progress_s`: the rest is for what has to be done again
+SILENCE = 0.6  # of `progress_s`: the rest is for what has to be done again
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,7 @@ def decide(
     *,
     target: float,
     expected: Collection[PeerId],
+    silent: Collection[PeerId] = (),
     waited_s: float,
     grace_s: float,
 ) -> Decision:
@@ -121,6 +122,7 @@ def decide(
         target: weight at which a step closes.
         expected: live peers that should be in the plan; they are waited for `grace_s`, and longer if they
             might be a majority that cannot be reached from here.
+        silent: those of them that have just been found not to answer; there is no grace for them.
         waited_s: seconds since the target was reached (0 if it was not).
     """
     total = sum(report.weight for report in reports.values())
@@ -129,8 +131,9 @@ def decide(
     missing = [peer for peer in expected if peer not in reports]
     if missing and not has_quorum(reports, expected):
         return Decision(False, f"{len(missing)} live peers cannot be reached and might close it, too")
-    if missing and waited_s < grace_s:
-        return Decision(False, f"waiting for {len(missing)} that have not reported")
+    awaited = [peer for peer in missing if peer not in silent]
+    if awaited and waited_s < grace_s:
+        return Decision(False, f"waiting for {len(awaited)} that have not reported")
     return Decision(True, f"{total:g} of {target:g} reached")
 
 

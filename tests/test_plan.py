@@ -51,6 +51,12 @@ def test_live_peers_that_have_not_reported_are_waited_for_but_not_longer_than_th
     assert close(heard, expected=["a", "b", "c"], waited_s=1.0).close
 
 
+def test_a_live_peer_that_does_not_answer_has_no_grace_but_counts_for_the_quorum():
+    heard = reports(a=60, b=60)
+    assert close(heard, expected=["a", "b", "c"], silent=["c"]).close
+    assert not close(heard, expected=["a", "b", "c", "d", "e"], silent=["c", "d", "e"]).close
+
+
 def test_a_minority_does_not_close_a_step_however_long_it_waits():
     decision = close(reports(b=200), expected=["a", "b"], waited_s=1e6)
     assert not decision.close and "cannot be reached" in decision.reason

@@ -16,7 +16,9 @@ import argparse
 import asyncio
 import hashlib
 import json
+import math
 import os
+import select
 import signal
 import statistics
 import sys
@@ -37,6 +39,9 @@ SIDES = {
 }
 
 
+FAULT_LIMIT_S = 90.0  # a survivor that has not returned by then is not waited for
+
+
 class Workers:
     """The processes of one side, driven line by line through their pipes."""
 
@@ -49,9 +54,14 @@ class Workers:
         self.tell(addresses)
         self.hear()
 
-    def hear(self) -> list[Any]:
-        """One line of JSON from each that has not been struck."""
-        lines = [process.stdout.readline() for process in self._living if process.stdout]
+    def hear(self, limit_s: float = 600.0) -> list[Any]:
+        """One line of JSON from each that has not been struck. Raises TimeoutError."""
+        end_s, lines = time.monotonic() + limit_s, []
+        for process in self._living:
+            assert process.stdout is not None
+            if not select.select([process.stdout], [], [], max(0.0, end_s - time.monotonic()))[0]:
+                raise TimeoutError
+            lines.append(process.stdout.readline())
         if not all(lines):
             raise SystemExit(f"worker {lines.index('')} died")
         return [json.loads(line) for line in lines]
@@ -80,7 +90,10 @@ class Workers:
         time.sleep(after_s)
         os.killpg(self._living.pop().pid, fault)
         struck = time.monotonic()
-        ended = max(each["end"] for each in self.hear())
+        try:
+            ended = max(each["end"] for each in self.hear(FAULT_LIMIT_S))
+        except TimeoutError:
+            return {"s": FAULT_LIMIT_S, "identical": 0.0, "error": math.inf}
         self.tell("check")
         said = self.hear()
         return {
@@ -251,6 +264,7 @@ def main() -> None:
     parser.add_argument("--values", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "CODEC"), help=argparse.SUPPRESS)
     parser.add_argument("--index", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -264,7 +278,7 @@ def main() -> None:
         return work_hivemind(codec, options.index, options.peers[0], options.values)
     rows, ratios = [], {}
     if options.faults:
-        for side in SIDES:
+        for side in options.sides:
             for fault in (signal.SIGKILL, signal.SIGSTOP):
                 found = measure_fault(side, fault, options.values, options.rounds)
                 rows.append({"fault": fault.name, "side": side} | found)
