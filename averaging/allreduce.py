@@ -22,7 +22,7 @@ from averaging.averaging_pb2 import Piece, RoundFrame, RoundGreeting
 from averaging.codecs import Codec
 from averaging.errors import AveragingError, LinkError, ProtocolError, RoundAbandonedError
 from averaging.feedback import Feedback
-from averaging.network import Buffer, Network, PeerId, Stream, kept_alive, receive_before_silence
+from averaging.network import Buffer, Network, PeerId, Stream, kept_alive
 from averaging.plan import StepRules
 from averaging.reduction import HELD, Means, Reduction, decode
 from averaging.round import PIECE_VALUES, Done, Round, RoundName, Work
@@ -223,7 +223,8 @@ class OpenRound:
             if not 0 <= frame.piece.weight <= self._round.most_weight * len(self._round.members):
                 raise ProtocolError(stream.remote, f"sent a mean of weight {frame.piece.weight:g}")
             codec = HELD if index < len(work.passed) else self._owner.codec
-            self._means.put(part, decode(codec, stream.remote, payload, part), frame.piece.weight)
+            decode(codec, stream.remote, payload, self._means.room(part))
+            self._means.note(part, frame.piece.weight)
             self._held[stream.remote] = index + 1
 
     # what I reduce
@@ -235,8 +236,8 @@ class OpenRound:
             except RoundAbandonedError:
                 return
             if index >= len(work.passed):
-                weight = RoundFrame.FromString(frame.header).piece.weight
-                self._means.put(part, self._owner.codec.decode(frame.payload, (len(part),)), weight)
+                self._owner.codec.decode(frame.payload, (len(part),), self._means.room(part))
+                self._means.note(part, RoundFrame.FromString(frame.header).piece.weight)
             self._held[self._me] = index + 1
 
     async def serve(self, stream: Stream) -> None:
@@ -286,7 +287,9 @@ class OpenRound:
     async def _receive(self, stream: Stream) -> tuple[RoundFrame, Buffer]:
         """The next frame that is not a sign of life. Raises LinkError after a silence."""
         while True:
-            frame = await receive_before_silence(stream, self._silence_s)
+            frame = await stream.receive(self._silence_s)
+            if frame is None:
+                raise LinkError(stream.remote, "ended the stream")
             try:
                 content = RoundFrame.FromString(frame.header)
             except DecodeError:

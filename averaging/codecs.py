@@ -18,6 +18,7 @@ from averaging.errors import CodecError
 from averaging.network import Buffer
 
 INT8_BLOCK, INT4_BLOCK = 512, 128
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Codec(Protocol):
@@ -35,8 +36,11 @@ class Codec(Protocol):
         """Encode a floating-point tensor of any shape; the result may share its memory."""
         ...
 
-    def decode(self, data: Buffer, shape: tuple[int, ...]) -> torch.Tensor:
-        """Decode to a new float32 CPU tensor of `shape`. Raises CodecError."""
+    def decode(self, data: Buffer, shape: tuple[int, ...], out: torch.Tensor | None = None) -> torch.Tensor:
+        """Decode to a float32 CPU tensor of `shape`: a new one, or `out`, which is contiguous.
+
+        Raises CodecError; what `out` holds then is nothing to be used.
+        """
         ...
 
 
@@ -71,11 +75,12 @@ class _Cast:
             tensor = tensor.clamp(-65504.0, 65504.0)
         return _bytes_of(tensor.detach().to(self._dtype).reshape(-1))
 
-    def decode(self, data: Buffer, shape: tuple[int, ...]) -> torch.Tensor:
+    def decode(self, data: Buffer, shape: tuple[int, ...], out: torch.Tensor | None = None) -> torch.Tensor:
         _check_length(self, data, shape)
         if not _count(shape):
             return torch.zeros(shape)
-        tensor = _from_bytes(data, self._dtype).to(torch.float32).view(shape)
+        source = _from_bytes(data, self._dtype).view(shape)
+        tensor = source.to(torch.float32) if out is None else out.copy_(source)
         if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
             raise CodecError("tensor is not finite")
         return tensor
@@ -91,16 +96,26 @@ class _Int8:
 
     def encode(self, tensor: torch.Tensor) -> Buffer:
         scale, codes = _scaled(tensor, INT8_BLOCK, 127.0)
-        return b"".join((_bytes_of(scale), _bytes_of(codes.to(torch.int8).view(-1)[: tensor.numel()])))
+        encoded = bytearray(self.size_bytes(tensor.numel()))
+        if encoded:
+            scales, rest = _split(encoded, len(scale), torch.int8)
+            scales.copy_(scale)
+            rest.copy_(codes.view(-1)[: tensor.numel()])
+        return encoded
 
-    def decode(self, data: Buffer, shape: tuple[int, ...]) -> torch.Tensor:
+    def decode(self, data: Buffer, shape: tuple[int, ...], out: torch.Tensor | None = None) -> torch.Tensor:
         _check_length(self, data, shape)
         values = _count(shape)
+        tensor = torch.empty(shape) if out is None else out
         if not values:
-            return torch.zeros(shape)
+            return tensor
         scale, codes = _parted(data, _blocks(values, INT8_BLOCK), torch.int8, most=128)
-        rows = _filled_up(codes, len(scale) * INT8_BLOCK).view(len(scale), INT8_BLOCK)
-        return torch.mul(rows, scale.unsqueeze(1)).view(-1)[:values].view(shape)
+        full, flat = values // INT8_BLOCK, tensor.view(-1)
+        rows = codes[: full * INT8_BLOCK].view(full, INT8_BLOCK)
+        torch.mul(rows, scale[:full].unsqueeze(1), out=flat[: rows.numel()].view_as(rows))
+        if full < len(scale):
+            torch.mul(codes[rows.numel() :], scale[-1], out=flat[rows.numel() :])
+        return tensor
 
 
 class _Int4:
@@ -117,7 +132,7 @@ class _Int4:
         packed = pairs[:, 0] | (pairs[:, 1] << 4)
         return b"".join((_bytes_of(scale), _bytes_of(packed[: (tensor.numel() + 1) // 2])))
 
-    def decode(self, data: Buffer, shape: tuple[int, ...]) -> torch.Tensor:
+    def decode(self, data: Buffer, shape: tuple[int, ...], out: torch.Tensor | None = None) -> torch.Tensor:
         _check_length(self, data, shape)
         values = _count(shape)
         if not values:
@@ -126,7 +141,8 @@ class _Int4:
         packed = _filled_up(packed, len(scale) * INT4_BLOCK // 2)
         codes = torch.stack((packed & 15, packed >> 4), dim=1).view(len(scale), INT4_BLOCK)
         whole = codes.float().sub_(8.0).clamp_(min=-7.0)  # -8 is nothing that `encode` says
-        return whole.mul_(scale.unsqueeze(1)).view(-1)[:values].view(shape)
+        tensor = whole.mul_(scale.unsqueeze(1)).view(-1)[:values].view(shape)
+        return tensor if out is None else out.copy_(tensor)
 
 
 def _blocks(values: int, block: int) -> int:
@@ -146,11 +162,15 @@ def _scaled(tensor: torch.Tensor, block: int, most: float) -> tuple[torch.Tensor
 
 def _parted(data: Buffer, blocks: int, dtype: torch.dtype, most: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The scales of the blocks, checked, and the codes. Raises CodecError."""
-    view = memoryview(data)
-    scale = _from_bytes(view[: 4 * blocks], torch.float32)
-    if not bool(torch.isfinite(scale).all()) or not bool(torch.isfinite(scale.abs().max() * most)):
+    scale, codes = _split(data, blocks, dtype)
+    if not all(abs(float(end)) * most <= LARGEST for end in torch.aminmax(scale)):  # nor if one is NaN
         raise CodecError("tensor is not finite")
-    return scale, _from_bytes(view[4 * blocks :], dtype)
+    return scale, codes
+
+
+def _split(data: Buffer, blocks: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    view = memoryview(data)
+    return _from_bytes(view[: 4 * blocks], torch.float32), _from_bytes(view[4 * blocks :], dtype)
 
 
 def _filled_up(flat: torch.Tensor, values: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from averaging.errors import LinkError
-from averaging.network import Buffer, Frame, Handler, PeerId
+from averaging.network import LOOKS, Buffer, Frame, Handler, PeerId
 
 Fate = Literal["deliver", "break_before", "break_after", "twice"]
 DIAL_S, FINISH_S = 10.0, 3.0
@@ -72,8 +72,7 @@ class MemoryStream:
             raise LinkError(self.remote, self._broken)
         await self._hub.carry(self, twin, frame)
 
-    @property
-    def received_bytes(self) -> int:
+    def _received_so_far(self) -> int:
         """As if they trickled in: all that has been sent to here but what the link still has to carry."""
         twin = self._twin
         assert twin is not None
@@ -81,12 +80,22 @@ class MemoryStream:
             self._received_bytes = twin._sent_bytes - int(self._hub.under_way_bytes(twin))
         return self._received_bytes
 
-    async def receive(self) -> Frame | None:
+    async def receive(self, silence_s: float | None = None) -> Frame | None:
+        time_s = asyncio.get_running_loop().time
+        heard_s, seen = time_s(), 0 if silence_s is None else self._received_so_far()
         while not self._inbox:
             if self._broken is not None:
                 raise LinkError(self.remote, self._broken)
             self._changed.clear()
-            await self._changed.wait()
+            try:
+                async with asyncio.timeout(None if silence_s is None else silence_s / LOOKS):
+                    await self._changed.wait()
+            except TimeoutError:
+                assert silence_s is not None
+                if (now := self._received_so_far()) != seen:
+                    heard_s, seen = time_s(), now
+                elif time_s() - heard_s >= silence_s:
+                    raise LinkError(self.remote, f"silent for {silence_s:.1f} s") from None
         return self._inbox.popleft()
 
     def abort(self) -> None:

@@ -104,6 +104,7 @@ class Rounds:
         done = await attempt.run(vector, weight)
         await self._say(done)
         if done.line == line.number and not (done.missing and self._receives):
+            line.means.settled = True
             line.complete.set()
 
     def close(self) -> None:

@@ -41,17 +41,15 @@ class Stream(Protocol):
 
     remote: PeerId
 
-    @property
-    def received_bytes(self) -> int:
-        """So many bytes have come from the other end; grows while a frame is still arriving."""
-        ...
-
     async def send(self, header: bytes, payload: Buffer = b"") -> None:
         """Send one frame. Raises LinkError when the other end is gone or makes no progress."""
         ...
 
-    async def receive(self) -> Frame | None:
-        """Wait for the next frame; None after the explicit last one. Raises LinkError."""
+    async def receive(self, silence_s: float | None = None) -> Frame | None:
+        """Wait for the next frame; None after the explicit last one.
+
+        Raises LinkError, also when not a byte has come for `silence_s`.
+        """
         ...
 
     async def finish(self) -> None:
@@ -84,25 +82,6 @@ class Network(Protocol):
         """Answer streams to `service`: `handler` runs as a task per stream; a stream that it has not
         finished is aborted when it returns."""
         ...
-
-
-async def receive_before_silence(stream: Stream, silence_s: float) -> Frame:
-    """The next frame, as long as bytes come; an end is a failure. Raises LinkError."""
-    time_s = asyncio.get_running_loop().time
-    seen, heard_s = stream.received_bytes, time_s()
-    while True:
-        try:
-            async with asyncio.timeout(silence_s / LOOKS):
-                frame = await stream.receive()
-        except TimeoutError:
-            if stream.received_bytes != seen:
-                seen, heard_s = stream.received_bytes, time_s()
-            elif time_s() - heard_s >= silence_s:
-                raise LinkError(stream.remote, f"silent for {silence_s:.1f} s") from None
-            continue
-        if frame is None:
-            raise LinkError(stream.remote, "ended the stream")
-        return frame
 
 
 @contextlib.asynccontextmanager

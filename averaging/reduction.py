@@ -28,15 +28,21 @@ class Means:
 
     def __init__(self, values: int) -> None:
         self.vector = torch.empty(values)
+        self.settled = False  # all is here and in use: what is sent again is the same
         self._weights: dict[Slice, float] = {}
 
-    def put(self, part: Slice, values: torch.Tensor, weight: float) -> None:
-        self.vector[part.start : part.stop] = values
-        self._weights[part] = weight
+    def room(self, part: Slice) -> torch.Tensor:
+        """Where to write a piece."""
+        return torch.empty(len(part)) if self.settled else self.vector[part.start : part.stop]
 
-    def held(self, part: Slice) -> Frame:
+    def note(self, part: Slice, weight: float) -> None:
+        """A piece is here, of so much weight."""
+        if not self.settled:
+            self._weights[part] = weight
+
+    def held(self, part: Slice) -> Buffer:
         """The mean of a piece, to be passed on."""
-        return Frame(b"", HELD.encode(self.vector[part.start : part.stop]))
+        return HELD.encode(self.vector[part.start : part.stop])
 
     def weight_of(self, part: Slice) -> float:
         return self._weights[part]
@@ -85,7 +91,7 @@ class Reduction:
         """Pass on what is held."""
         for index, part in enumerate(self._pieces[: self._passed]):
             header = _piece_header(index, means.weight_of(part))
-            self.means[index].set_result(Frame(header, means.held(part).payload))
+            self.means[index].set_result(Frame(header, means.held(part)))
 
     def leave(self, peer: PeerId, why: str) -> None:
         """Wait for it no longer; no-op if it has given all."""
@@ -114,17 +120,16 @@ class Reduction:
         if mean.done() or any(m not in arrived and m not in self.lost for m in self._speakers):
             return
         part = self._pieces[index]
-        parts: list[tuple[float, torch.Tensor | None]] = []
-        for member in self._speakers:
-            try:
-                values = self._values(member, arrived.get(member), part)
-            except ProtocolError as error:
-                return self._drop(member, str(error))
-            if member in arrived and values is not None:
-                parts.append((self._weights[member], values))
-                self.used.add(member)
-        header = _piece_header(index, sum(weight for weight, _ in parts))
-        mean.set_result(Frame(header, self._encode(weighted_mean(parts, len(part)), part)))
+        inside = [member for member in self._speakers if arrived.get(member) is not None]
+        total = sum(self._weights[member] for member in inside)
+        buffer = torch.empty(len(part))
+        shares = ((self._weights[m] / total, self._values(m, arrived[m], part, buffer)) for m in inside)
+        try:
+            payload = self._encode(weighted_mean(shares, len(part)), part)
+        except ProtocolError as error:
+            return self._drop(error.peer, str(error))
+        self.used.update(inside)
+        mean.set_result(Frame(_piece_header(index, total), payload))
         arrived.clear()
 
     def _drop(self, member: PeerId, why: str) -> None:
@@ -134,20 +139,21 @@ class Reduction:
         self.lost.pop(member, None)
         self.leave(member, why)
 
-    def _values(self, sender: PeerId, part: Part, piece: Slice) -> torch.Tensor | None:
+    def _values(self, sender: PeerId, part: Part, piece: Slice, buffer: torch.Tensor) -> torch.Tensor:
         """Decoded now, not when it arrived: parts that wait for the slowest member stay small."""
-        if part is None or isinstance(part, torch.Tensor):
+        assert part is not None
+        if isinstance(part, torch.Tensor):
             return part
-        return decode(self._codec, sender, part, piece)
+        return decode(self._codec, sender, part, buffer[: len(piece)])
 
 
 def _piece_header(index: int, weight: float) -> bytes:
     return RoundFrame(piece=Piece(index=index, weight=weight)).SerializeToString()
 
 
-def decode(codec: Codec, sender: PeerId, payload: Buffer, part: Slice) -> torch.Tensor:
-    """What `sender` sent of one piece, [len(part)] float32. Raises ProtocolError."""
+def decode(codec: Codec, sender: PeerId, payload: Buffer, out: torch.Tensor) -> torch.Tensor:
+    """Write what `sender` sent of one piece into `out` ([values] float32). Raises ProtocolError."""
     try:
-        return codec.decode(payload, (len(part),))
+        return codec.decode(payload, tuple(out.shape), out)
     except CodecError as error:
         raise ProtocolError(sender, str(error)) from None

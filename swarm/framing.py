@@ -13,7 +13,7 @@ import struct
 from collections import deque
 
 from averaging.errors import LinkError
-from averaging.network import MAX_HEADER_BYTES, Buffer, Frame, PeerId
+from averaging.network import LOOKS, MAX_HEADER_BYTES, Buffer, Frame, PeerId
 
 PREFIX = struct.Struct("<IQ")
 LAST_FRAME = 0xFFFFFFFF  # as header length: the explicit end
@@ -36,7 +36,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._broken: str | None = None
-        self.received_bytes = 0
+        self._received_bytes = 0
         self._paused = False
         self.transport: asyncio.Transport | None = None
 
@@ -54,7 +54,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._filled += nbytes
-        self.received_bytes += nbytes
+        self._received_bytes += nbytes
         while self._filled == len(self._target) and self._broken is None:
             self._advance()
 
@@ -103,7 +103,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
 
     @property
     def has_received(self) -> bool:
-        return self.received_bytes > 0
+        return self._received_bytes > 0
 
     def fail(self, why: str) -> None:
         if self._broken is None:
@@ -113,19 +113,23 @@ class FrameProtocol(asyncio.BufferedProtocol):
         if self.transport is not None:
             self.transport.abort()
 
-    async def next_frame(self) -> Frame | None:
+    async def next_frame(self, silence_s: float | None = None) -> Frame | None:
+        loop = asyncio.get_running_loop()
+        heard_s, seen = loop.time(), self._received_bytes
         while not self._frames:
             if self._broken is not None:
                 raise LinkError(self.remote, self._broken)
             self._readable.clear()
+            limit_s = self.progress_s if silence_s is None else silence_s
             under_way = self._target is not self._prefix or self._filled > 0
-            seen = self.received_bytes
             try:
-                async with asyncio.timeout(self.progress_s):
+                async with asyncio.timeout(limit_s / LOOKS):
                     await self._readable.wait()
             except TimeoutError:
-                if under_way and self.received_bytes == seen:
-                    self.fail(f"a frame stopped arriving for {self.progress_s:.1f} s")
+                if self._received_bytes != seen or not (under_way or silence_s):
+                    heard_s, seen = loop.time(), self._received_bytes
+                elif loop.time() - heard_s >= limit_s:
+                    self.fail(f"silent for {limit_s:.1f} s{' in a frame' * under_way}")
         frame = self._frames.popleft()
         if self._paused and len(self._frames) < UNREAD_FRAMES // 2 and self.transport is not None:
             self._paused = False
@@ -176,12 +180,8 @@ class FramedStream:
                 await protocol.room()
                 protocol.transport.write(view[start : start + PIECE_BYTES])
 
-    @property
-    def received_bytes(self) -> int:
-        return self._protocol.received_bytes
-
-    async def receive(self) -> Frame | None:
-        return await self._protocol.next_frame()
+    async def receive(self, silence_s: float | None = None) -> Frame | None:
+        return await self._protocol.next_frame(silence_s)
 
     async def finish(self) -> None:
         self._finishing = True

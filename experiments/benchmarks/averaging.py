@@ -4,8 +4,9 @@
     python -m experiments.benchmarks.averaging --faults [--rounds 3]    four peers, one killed or stopped
 
 Every peer is a process with its own libp2p daemon. A round's time is from the moment the last peer is ready
-to the moment the last one has the mean: finding each other, deciding and committing included. One side
-after the other; median of `--rounds` after one round to warm up. Every worker checks that it got the mean.
+to the moment the last one has the mean: finding each other, deciding and committing included. Ours and
+hivemind's take turns, round by round; median of `--rounds` after two to warm up. Every worker checks that it
+got the mean.
 hivemind's 8-bit codec does not decode with present numpy: `_mend_hivemind` repairs that here.
 
 With `--faults` one of four is sent SIGKILL or SIGSTOP in the middle of a round, and the time counts from then
@@ -33,10 +34,11 @@ from experiments.benchmarks.workers import end_workers, start_worker
 
 SIDES = {
     "ours float32": ("ours", "float32"),
-    "ours int8": ("ours", "int8"),
     "hivemind float32": ("hivemind", "none"),
+    "ours int8": ("ours", "int8"),
     "hivemind 8 bit": ("hivemind", "uniform8"),
 }
+PAIRS = (("ours float32", "hivemind float32"), ("ours int8", "hivemind 8 bit"))
 
 
 FAULT_LIMIT_S = 90.0  # a survivor that has not returned by then is not waited for
@@ -108,15 +110,19 @@ class Workers:
 
 def measure(peers: int, values: int, rounds: int) -> dict[str, dict[str, float]]:
     """Medians of every side with so many peers."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
-    for name, (side, codec) in SIDES.items():
-        workers = Workers(side, codec, peers, values)
+    found: dict[str, list[dict[str, float]]] = {}
+    for pair in PAIRS:
+        workers: dict[str, Workers] = {}
         try:
-            workers.round()
-            found[name] = [workers.round() for _ in range(rounds)]
+            for name in pair:
+                workers[name] = Workers(*SIDES[name], peers, values)
+            said = [{name: workers[name].round() for name in pair} for _ in range(2 + rounds)][2:]
         finally:
-            workers.close()
-        print(peers, name, [round(each["s"], 3) for each in found[name]], file=sys.stderr)
+            for each in workers.values():
+                each.close()
+        for name in pair:
+            found[name] = [each[name] for each in said]
+            print(peers, name, [round(each["s"], 3) for each in found[name]], file=sys.stderr)
     return {
         name: {key: statistics.median(each[key] for each in runs) for key in runs[0]}
         for name, runs in found.items()
