@@ -40,7 +40,7 @@ class ButterflyAllReduce:
     def __init__(self, network: Network, *, codec: Codec, rules: StepRules) -> None:
         self.network, self.codec, self.rules = network, codec, rules
         self.max_payload_bytes = HELD.size_bytes(PIECE_VALUES)
-        self._left_over: dict[str, Feedback] = {}
+        self.feedback = Feedback(codec)
         self._rounds: dict[RoundName, asyncio.Future[OpenRound]] = {}
         self._waiting: Counter[PeerId] = Counter()  # greetings of rounds that this peer has no plan of
 
@@ -56,13 +56,6 @@ class ButterflyAllReduce:
         opened = OpenRound(self, round_, means)
         slot.set_result(opened)
         return opened
-
-    def feedback(self, what: str, values: int) -> Feedback:
-        """What is left over of this peer's last `what`."""
-        kept = self._left_over.get(what)
-        if kept is None or not kept.fits(values):
-            kept = self._left_over[what] = Feedback(self.codec, values)
-        return kept
 
     def forget(self, name: RoundName) -> None:
         """A round is over; who is late finds it closed for a while yet."""
@@ -119,10 +112,12 @@ class OpenRound:
     def __init__(self, owner: ButterflyAllReduce, round_: Round, means: Means) -> None:
         self._owner, self._round, self._means = owner, round_, means
         self._me, self._silence_s = owner.network.peer_id, owner.rules.silence_s
-        values = means.vector.numel() if round_.feed_back else 0
-        self._feedback = owner.feedback("parts", values)
         work = round_.work.get(self._me, Work())
-        self._reduction = Reduction(round_, work, owner.codec, owner.feedback("means", values).encode)
+        if round_.feed_back:
+            self._feedback = owner.feedback.of(means.vector.numel(), work.pieces)
+        else:
+            self._feedback = owner.feedback.none()
+        self._reduction = Reduction(round_, work, owner.codec, self._feedback.encode)
         self._begun: asyncio.Future[tuple[torch.Tensor, float]] = asyncio.get_running_loop().create_future()
         self._held: dict[PeerId, int] = dict.fromkeys(round_.work, 0)
         self._lost: dict[PeerId, str] = {}  # reducers

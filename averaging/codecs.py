@@ -89,18 +89,22 @@ class _Cast:
 class _Int8:
     """Blocks of int8 values, each with a float32 scale."""
 
-    name, number, lossy = "int8", 4, False
+    name, number, lossy = "int8", 4, True
 
     def size_bytes(self, values: int) -> int:
         return values + 4 * _blocks(values, INT8_BLOCK)
 
     def encode(self, tensor: torch.Tensor) -> Buffer:
-        scale, codes = _scaled(tensor, INT8_BLOCK, 127.0)
-        encoded = bytearray(self.size_bytes(tensor.numel()))
+        scale, exact = in_steps(tensor, INT8_BLOCK, 127.0)
+        return self.pack(scale, exact.round_(), tensor.numel())
+
+    def pack(self, scale: torch.Tensor, codes: torch.Tensor, values: int) -> Buffer:
+        """The message of `values` whole numbers [blocks, INT8_BLOCK] in steps of `scale` [blocks]."""
+        encoded = bytearray(self.size_bytes(values))
         if encoded:
             scales, rest = _split(encoded, len(scale), torch.int8)
             scales.copy_(scale)
-            rest.copy_(codes.view(-1)[: tensor.numel()])
+            rest.copy_(codes.view(-1)[:values])
         return encoded
 
     def decode(self, data: Buffer, shape: tuple[int, ...], out: torch.Tensor | None = None) -> torch.Tensor:
@@ -127,8 +131,8 @@ class _Int4:
         return (values + 1) // 2 + 4 * _blocks(values, INT4_BLOCK)
 
     def encode(self, tensor: torch.Tensor) -> Buffer:
-        scale, codes = _scaled(tensor, INT4_BLOCK, 7.0)
-        pairs = codes.add_(8.0).to(torch.uint8).view(-1, 2)
+        scale, exact = in_steps(tensor, INT4_BLOCK, 7.0)
+        pairs = exact.round_().add_(8.0).to(torch.uint8).view(-1, 2)
         packed = pairs[:, 0] | (pairs[:, 1] << 4)
         return b"".join((_bytes_of(scale), _bytes_of(packed[: (tensor.numel() + 1) // 2])))
 
@@ -149,15 +153,19 @@ def _blocks(values: int, block: int) -> int:
     return -(-values // block)
 
 
-def _scaled(tensor: torch.Tensor, block: int, most: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale [blocks], whole numbers from -most to most [blocks, block]), filled up with zeros."""
-    flat = tensor.detach().to(torch.float32).reshape(-1)
-    blocks = _blocks(flat.numel(), block)
-    rows = _filled_up(flat, blocks * block).view(blocks, block)
+def in_steps(tensor: torch.Tensor, block: int, most: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale [blocks], values in steps of it, from -most to most [blocks, block]), filled up with zeros."""
+    rows = in_blocks(tensor.detach().to(torch.float32).reshape(-1), block)
     # Not `aminmax`: along the innermost dimension it takes ten times as long as these two.
     scale = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).div_(most)
     inverse = torch.where(scale > 0, scale.reciprocal(), torch.zeros_like(scale)).clamp_(max=3e38)
-    return scale, torch.mul(rows, inverse.unsqueeze(1)).round_()
+    return scale, torch.mul(rows, inverse.unsqueeze(1))
+
+
+def in_blocks(flat: torch.Tensor, block: int) -> torch.Tensor:
+    """[blocks, block], filled up with zeros; the same memory if none are needed."""
+    blocks = _blocks(flat.numel(), block)
+    return _filled_up(flat, blocks * block).view(blocks, block)
 
 
 def _parted(data: Buffer, blocks: int, dtype: torch.dtype, most: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,13 +194,14 @@ def _check_length(codec: Codec, data: Buffer, shape: tuple[int, ...]) -> None:
         raise CodecError(f"{codec.name} tensor of shape {shape} takes {expected} bytes, got {len(data)}")
 
 
+INT8 = _Int8()
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         _Cast("float32", 1, torch.float32),
         _Cast("float16", 2, torch.float16),
         _Cast("bfloat16", 3, torch.bfloat16),
-        _Int8(),
+        INT8,
         _Int4(),
     )
 }
