@@ -19,13 +19,13 @@ import torch
 from google.protobuf.message import DecodeError
 
 from averaging.averaging_pb2 import Piece, RoundFrame, RoundGreeting
-from averaging.codecs import Codec
+from averaging.codecs import CODECS
 from averaging.errors import AveragingError, LinkError, ProtocolError, RoundAbandonedError
 from averaging.feedback import Feedback
 from averaging.network import Buffer, Network, PeerId, Stream, kept_alive
 from averaging.plan import StepRules
 from averaging.reduction import HELD, Means, Reduction, decode
-from averaging.round import PIECE_VALUES, Done, Round, RoundName, Work
+from averaging.round import Done, Round, RoundName, Work
 
 SERVICE = "reduce"
 FRAME_BYTES = 12  # of every frame, beside header and payload
@@ -37,10 +37,10 @@ ALIVE = RoundFrame(alive=True).SerializeToString()
 class ButterflyAllReduce:
     """Meets other peers for any number of rounds."""
 
-    def __init__(self, network: Network, *, codec: Codec, rules: StepRules) -> None:
-        self.network, self.codec, self.rules = network, codec, rules
-        self.max_payload_bytes = HELD.size_bytes(PIECE_VALUES)
-        self.feedback = Feedback(codec)
+    def __init__(self, network: Network, *, rules: StepRules) -> None:
+        self.network, self.codec, self.rules = network, CODECS[rules.codec], rules
+        self.max_payload_bytes = HELD.size_bytes(rules.piece_values)
+        self.feedback = Feedback(self.codec)
         self._rounds: dict[RoundName, asyncio.Future[OpenRound]] = {}
         self._waiting: Counter[PeerId] = Counter()  # greetings of rounds that this peer has no plan of
 
@@ -218,7 +218,7 @@ class OpenRound:
             if not 0 <= frame.piece.weight <= self._round.most_weight * len(self._round.members):
                 raise ProtocolError(stream.remote, f"sent a mean of weight {frame.piece.weight:g}")
             codec = HELD if index < len(work.passed) else self._owner.codec
-            decode(codec, stream.remote, payload, self._means.room(part))
+            decode(codec, stream.remote, payload, (len(part),), self._means.room(part))
             self._means.note(part, frame.piece.weight)
             self._held[stream.remote] = index + 1
 

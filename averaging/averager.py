@@ -45,10 +45,10 @@ class Averager:
         if group_size < 2 or target <= 0:
             raise ValueError(f"group_size {group_size} is below 2, or target {target} not above 0")
         self.step = 0
-        self._rules = rules = StepRules(target=target, max_weight=target, group_size=group_size)
+        self._rules = rules = StepRules(target=target, max_weight=target, group_size=group_size, codec=codec)
         self._participant = Participant(
             network=network,
-            all_reduce=ButterflyAllReduce(network, codec=CODECS[codec], rules=rules),
+            all_reduce=ButterflyAllReduce(network, rules=rules),
             rules=rules,
             name=name,
             roster=peers,

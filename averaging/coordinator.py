@@ -302,7 +302,7 @@ class Coordinator:
             rules=self._rules,
         )
         ballot.plan, ballot.closed_s = plan, asyncio.get_running_loop().time()
-        ballot.holdings = Holdings(plan, max_weight=self._rules.max_weight)
+        ballot.holdings = Holdings(plan, self._rules)
         message = pb.FromCoordinator(plan=plan_message(plan))
         for stream in ballot.streams.values():
             self._say_soon(stream, message)

@@ -65,7 +65,7 @@ class _Int8:
         left, step = self._at(part)
         wanted = torch.addcmul(in_blocks(values, INT8_BLOCK), left, step.unsqueeze(1))
         scale, exact = in_steps(wanted, INT8_BLOCK, 127.0)
-        codes = exact.round()
+        codes = torch.round(exact, out=wanted)
         if bool(torch.isfinite(scale.sum())):
             left.copy_(exact.sub_(codes).mul_(FINE).round_())
             torch.div(scale, FINE, out=step)

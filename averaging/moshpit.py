@@ -66,7 +66,7 @@ class Rounds:
         self._repairs: set[asyncio.Task[None]] = set()
         self._lines: list[_Line] = []  # by dimension
         for dimension in range(plan.grid.dimensions):
-            round_ = first_round(plan, me, dimension, max_weight=all_reduce.rules.max_weight)
+            round_ = first_round(plan, me, dimension, rules=all_reduce.rules)
             means = Means(plan.values)
             opened = [all_reduce.meet(round_, means)] if len(round_.members) > 1 else []
             brought = asyncio.get_running_loop().create_future()

@@ -364,7 +364,7 @@ class Participant:
                     case "verdict":
                         return answer.verdict
                     case "repair":
-                        repair = repair_of(answer.repair, plan, max_weight=self._rules.max_weight)
+                        repair = repair_of(answer.repair, plan, self._rules)
                         under_way.rounds.repeat(repair)
             raise LinkError(stream.remote, "speaks no verdict")
         except AveragingError as error:

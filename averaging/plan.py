@@ -14,10 +14,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from averaging.codecs import CODECS
 from averaging.grid import Grid, seat
 from averaging.network import PeerId
 from averaging.shares import Mode
 
+PIECE_BYTES, MAX_PIECE_VALUES = 1 << 20, 5 << 16  # more is faster, but takes memory (log, 2026-11-21)
 MAX_MEMBERS, MAX_VALUES = 4096, 1 << 36
 SILENCE = 0.6  # of `progress_s`: the rest is for what has to be done again
 
@@ -34,6 +36,12 @@ class StepRules:
     grace_s: float = 1.0  # wait for live peers that have not reported when the target is reached
     expire_s: float = 16.0  # a peer that was found dead is not expected for so long: its record lives on
     strict: bool = False  # a round that loses a member is abandoned, not repaired
+    codec: str = "float32"  # of parts and means
+
+    @property
+    def piece_values(self) -> int:
+        """Of what travels and is reduced at once: one is under way while the next is encoded."""
+        return min(MAX_PIECE_VALUES, PIECE_BYTES // CODECS[self.codec].size_bytes(1024) * 1024)
 
     @property
     def silence_s(self) -> float:

@@ -122,8 +122,7 @@ class Reduction:
         part = self._pieces[index]
         inside = [member for member in self._speakers if arrived.get(member) is not None]
         total = sum(self._weights[member] for member in inside)
-        buffer = torch.empty(len(part))
-        shares = ((self._weights[m] / total, self._values(m, arrived[m], part, buffer)) for m in inside)
+        shares = ((self._weights[m] / total, self._values(m, arrived[m], part)) for m in inside)
         try:
             payload = self._encode(weighted_mean(shares, len(part)), part)
         except ProtocolError as error:
@@ -139,21 +138,23 @@ class Reduction:
         self.lost.pop(member, None)
         self.leave(member, why)
 
-    def _values(self, sender: PeerId, part: Part, piece: Slice, buffer: torch.Tensor) -> torch.Tensor:
+    def _values(self, sender: PeerId, part: Part, piece: Slice) -> torch.Tensor:
         """Decoded now, not when it arrived: parts that wait for the slowest member stay small."""
         assert part is not None
         if isinstance(part, torch.Tensor):
             return part
-        return decode(self._codec, sender, part, buffer[: len(piece)])
+        return decode(self._codec, sender, part, (len(piece),))
 
 
 def _piece_header(index: int, weight: float) -> bytes:
     return RoundFrame(piece=Piece(index=index, weight=weight)).SerializeToString()
 
 
-def decode(codec: Codec, sender: PeerId, payload: Buffer, out: torch.Tensor) -> torch.Tensor:
-    """Write what `sender` sent of one piece into `out` ([values] float32). Raises ProtocolError."""
+def decode(
+    codec: Codec, sender: PeerId, payload: Buffer, shape: tuple[int, ...], out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What `sender` sent of one piece, float32 of that shape. Raises ProtocolError."""
     try:
-        return codec.decode(payload, tuple(out.shape), out)
+        return codec.decode(payload, shape, out)
     except CodecError as error:
         raise ProtocolError(sender, str(error)) from None

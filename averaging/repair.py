@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from averaging.network import PeerId
-from averaging.plan import Plan
+from averaging.plan import Plan, StepRules
 from averaging.round import Done, Round, Work, first_round
 from averaging.shares import Mode, Slice
 
@@ -36,7 +36,7 @@ class _Line:
 class Holdings:
     """Follows one plan to its end: `take` and `lose` say what happened, and return the rounds to repeat."""
 
-    def __init__(self, plan: Plan, *, max_weight: float) -> None:
+    def __init__(self, plan: Plan, rules: StepRules) -> None:
         self._plan, self._grid = plan, plan.grid
         self._modes = {member.peer: member.mode for member in plan.members}
         self._alive = dict.fromkeys(self._modes)  # in the plan's order
@@ -44,7 +44,7 @@ class Holdings:
         self._of: dict[PeerId, list[_Line]] = {peer: [] for peer in self._modes}  # own lines, by dimension
         for dimension in range(self._grid.dimensions):
             for group in self._grid.groups(dimension):
-                round_ = first_round(plan, group.members[0], dimension, max_weight=max_weight)
+                round_ = first_round(plan, group.members[0], dimension, rules=rules)
                 line = _Line(dimension, round_, frozenset(group.members))
                 self._lines[group.line] = line
                 for peer in group.members:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 
 from averaging.codecs import INT8_BLOCK
 from averaging.network import PeerId
-from averaging.plan import Plan
+from averaging.plan import Plan, StepRules
 from averaging.shares import Mode, Slice, cut, pieces, shares
 
-PIECE_VALUES = 1 << 18  # 1 MiB of float32: one piece is under way while the next is encoded
 RoundName = tuple[bytes, int, int]  # the plan's key, the line of the grid, the attempt
 
 
@@ -62,8 +61,8 @@ class Done:
     unused: frozenset[PeerId] = frozenset()  # groupmates of whom nothing is in what it reduced or holds
 
 
-def first_round(plan: Plan, peer: PeerId, dimension: int, *, max_weight: float) -> Round:
-    """The round of `peer` along one dimension of the plan's grid; `max_weight` bounds one member's."""
+def first_round(plan: Plan, peer: PeerId, dimension: int, *, rules: StepRules) -> Round:
+    """The round of `peer` along one dimension of the plan's grid."""
     group = plan.grid.group_of(peer, dimension)
     given = plan.by_peer
     bringers = frozenset(p for p in group.members if given[p].mode is not Mode.AUXILIARY)
@@ -72,7 +71,7 @@ def first_round(plan: Plan, peer: PeerId, dimension: int, *, max_weight: float) 
     modes = [given[peer].mode for peer in ordered]
     slices = cut(plan.values, shares([given[peer].bandwidth for peer in ordered], modes), INT8_BLOCK)
     work = {
-        reducer: Work(tuple(pieces(part, PIECE_VALUES)))
+        reducer: Work(tuple(pieces(part, rules.piece_values)))
         for reducer, part in zip(ordered, slices, strict=True)
         if len(part)
     }
@@ -82,7 +81,7 @@ def first_round(plan: Plan, peer: PeerId, dimension: int, *, max_weight: float) 
         speakers=bringers & frozenset(group.speakers),
         work=work,
         # Beyond the first dimension members stand for whole groups.
-        most_weight=max_weight * (len(plan.members) if dimension else 1),
+        most_weight=rules.max_weight * (len(plan.members) if dimension else 1),
         all_needed=plan.strict or dimension > 0,
         receivers=bringers,
         feed_back=plan.grid.dimensions == 1,

@@ -11,7 +11,7 @@ from averaging import averaging_pb2 as pb
 from averaging.errors import ProtocolError
 from averaging.network import PeerId
 from averaging.plan import MAX_MEMBERS, MAX_VALUES, Member, Plan, Report, StepRules
-from averaging.round import PIECE_VALUES, Done, Round, Work, first_round
+from averaging.round import Done, Round, Work, first_round
 from averaging.shares import Mode, Slice
 
 MODES = (Mode.MEMBER, Mode.CLIENT, Mode.AUXILIARY)  # by their number on the wire
@@ -106,7 +106,7 @@ def repair_message(round_: Round) -> pb.Repair:
     )
 
 
-def repair_of(message: pb.Repair, plan: Plan, *, max_weight: float) -> Round:
+def repair_of(message: pb.Repair, plan: Plan, rules: StepRules) -> Round:
     """Raises ProtocolError."""
     members, sender = tuple(message.members), plan.coordinator
     sound = (
@@ -119,7 +119,7 @@ def repair_of(message: pb.Repair, plan: Plan, *, max_weight: float) -> Round:
     if not sound:
         raise ProtocolError(sender, "malformed repair of a round")
     dimension, cell = divmod(message.line, len(plan.grid.cells))
-    before = first_round(plan, plan.grid.cells[cell][0], dimension, max_weight=max_weight)
+    before = first_round(plan, plan.grid.cells[cell][0], dimension, rules=rules)
     if before.line != message.line:
         raise ProtocolError(sender, "malformed repair of a round")
     return replace(
@@ -128,7 +128,8 @@ def repair_of(message: pb.Repair, plan: Plan, *, max_weight: float) -> Round:
         members=members,
         speakers=frozenset(message.speakers),
         work={
-            each.peer: Work(_slices(each.reduced, plan), _slices(each.passed, plan)) for each in message.work
+            each.peer: Work(_slices(each.reduced, plan, rules), _slices(each.passed, plan, rules))
+            for each in message.work
         },
         feed_back=False,
     )
@@ -138,10 +139,10 @@ def _ends(pieces: Iterable[Slice]) -> list[int]:
     return [end for piece in pieces for end in (piece.start, piece.stop)]
 
 
-def _slices(ends: Sequence[int], plan: Plan) -> tuple[Slice, ...]:
+def _slices(ends: Sequence[int], plan: Plan, rules: StepRules) -> tuple[Slice, ...]:
     pieces = tuple(Slice(start, stop) for start, stop in zip(ends[::2], ends[1::2], strict=False))
-    most = plan.values // PIECE_VALUES + len(plan.members) + 1
-    wrong = any(not 0 <= p.start < p.stop <= plan.values or len(p) > PIECE_VALUES for p in pieces)
+    most = plan.values // rules.piece_values + len(plan.members) + 1
+    wrong = any(not 0 <= p.start < p.stop <= plan.values or len(p) > rules.piece_values for p in pieces)
     if wrong or len(ends) % 2 or len(pieces) > most:
         raise ProtocolError(plan.coordinator, "malformed pieces in the repair of a round")
     return pieces

@@ -19,7 +19,7 @@ PREFIX = struct.Struct("<IQ")
 LAST_FRAME = 0xFFFFFFFF  # as header length: the explicit end
 PIECE_BYTES = 1 << 18  # one write: small enough to notice a stalled reader, large enough to be cheap
 FINISH_S = 3.0
-UNREAD_FRAMES = 4  # beyond this the socket is not read until the user has caught up
+UNREAD_FRAMES = 2  # beyond this the socket is not read until the user has caught up
 
 
 class FrameProtocol(asyncio.BufferedProtocol):

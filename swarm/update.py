@@ -19,7 +19,6 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from averaging.allreduce import ButterflyAllReduce
-from averaging.codecs import CODECS
 from averaging.errors import BehindError, RoundAbandonedError
 from averaging.network import Network, PeerId
 from averaging.participant import Contribution, Mean, Participant
@@ -60,6 +59,7 @@ def step_rules(config: RunConfig) -> StepRules:
         grace_s=config.averaging.grace_s,
         expire_s=config.network.expire_s,
         strict=config.training.strict,
+        codec=config.averaging.codec,
     )
 
 
@@ -93,7 +93,7 @@ class Updater:
         self.counters: Counter[str] = Counter()
         self.participant = Participant(
             network=network,
-            all_reduce=ButterflyAllReduce(network, codec=CODECS[config.averaging.codec], rules=rules),
+            all_reduce=ButterflyAllReduce(network, rules=rules),
             rules=rules,
             name=f"{run}/{stage.stage}",
             roster=roster,

@@ -1,6 +1,7 @@
 """One round in one group, on the in-memory network in virtual time."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from averaging.codecs import CODECS
 from averaging.errors import LinkError
 from averaging.memory_network import Link, MemoryHub
 from averaging.moshpit import Rounds
-from averaging.plan import Report, StepRules, make_plan
+from averaging.plan import MAX_PIECE_VALUES, Report, StepRules, make_plan
 from averaging.reduction import Means
-from averaging.round import PIECE_VALUES, first_round
+from averaging.round import first_round
 
 TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2, "int8": 3e-2, "int4": 0.25}
 RULES = StepRules(target=1, max_weight=1e6, progress_s=3)
@@ -26,9 +27,8 @@ class Group:
     def __init__(self, size: int, values: int, codec: str = "float32", **link) -> None:
         self.hub = MemoryHub(link=lambda a, b: Link(**{"latency_s": 0.01} | link))
         self.names = [f"p{i}" for i in range(size)]
-        self.members = [
-            ButterflyAllReduce(self.hub.network(n), codec=CODECS[codec], rules=RULES) for n in self.names
-        ]
+        self.rules = replace(RULES, codec=codec)
+        self.members = [ButterflyAllReduce(self.hub.network(n), rules=self.rules) for n in self.names]
         reports = {name: Report(1.0, bytes(8), values) for name in self.names}
         self.plan = make_plan(step=0, coordinator="p0", reports=reports, nonce=b"n", rules=RULES)
 
@@ -39,7 +39,7 @@ class Group:
         means = [Means(self.plan.values) for _ in self.members]
         limits = [max(1e6, weight) for weight in weights]  # nobody thinks that it weighs too much itself
         rounds = [
-            first_round(self.plan, name, 0, max_weight=limit)
+            first_round(self.plan, name, 0, rules=replace(self.rules, max_weight=limit))
             for name, limit in zip(self.names, limits, strict=True)
         ]
         opened = [m.meet(r, mean) for m, r, mean in zip(self.members, rounds, means, strict=True)]
@@ -50,7 +50,7 @@ class Group:
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("size", [2, 3, 5])
-@pytest.mark.parametrize("values", [1, 1000, PIECE_VALUES + 77])
+@pytest.mark.parametrize("values", [1, 1000, MAX_PIECE_VALUES + 77])
 def test_all_members_hold_the_same_bits_of_the_weighted_mean(codec, size, values):
     generator = torch.Generator().manual_seed(size)
     vectors = [torch.randn(values, generator=generator) for _ in range(size)]
@@ -100,7 +100,7 @@ def test_a_lost_member_leaves_the_mean_and_only_its_own_pieces_are_missing(fault
 
 def pieces_of(number):
     plan = Group(4, 4_000_000).plan
-    return first_round(plan, "p0", 0, max_weight=1e6).work[f"p{number}"].pieces
+    return first_round(plan, "p0", 0, rules=RULES).work[f"p{number}"].pieces
 
 
 def test_strangers_and_false_weights_are_turned_away():

@@ -1,6 +1,7 @@
 """Moshpit all-reduce on the in-memory network: what the paper promises, and what the grid adds."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +16,14 @@ from averaging.moshpit import Rounds
 from averaging.plan import Report, StepRules, make_plan
 from averaging.round import Done
 
+RULES = StepRules(target=1, max_weight=100, progress_s=3)
+
 
 async def average_all(vectors, weights, group_size, codec="float32"):
     """Every peer's result of one plan over all of them."""
     names = [f"peer{i:04d}" for i in range(len(vectors))]
-    hub, rules = MemoryHub(), StepRules(target=1, max_weight=100, group_size=group_size, progress_s=3)
-    reducers = [ButterflyAllReduce(hub.network(name), codec=CODECS[codec], rules=rules) for name in names]
+    hub, rules = MemoryHub(), replace(RULES, group_size=group_size, codec=codec)
+    reducers = [ButterflyAllReduce(hub.network(name), rules=rules) for name in names]
     size = len(vectors[0])
     reports = {name: Report(weight, bytes(8), size) for name, weight in zip(names, weights, strict=True)}
     plan = make_plan(step=0, coordinator=names[0], reports=reports, nonce=b"n", rules=rules)

@@ -55,6 +55,8 @@ class Workers:
         addresses = self.hear()
         self.tell(addresses)
         self.hear()
+        self.tell("begin")
+        self.hear()
 
     def hear(self, limit_s: float = 600.0) -> list[Any]:
         """One line of JSON from each that has not been struck. Raises TimeoutError."""
@@ -206,6 +208,11 @@ async def work_ours(codec: str, index: int, peers: int, values: int) -> None:
         target = max(1.0, peers - 1.0)  # one may be lost; live ones are waited for
         averager = Averager(here.network, peers=lambda: others, target=target, codec=codec)
         await averager.start()
+        _say("started")
+        await _hear()
+        await averager.average(
+            torch.ones(1000)
+        )  # what loads code and meets the others is no copy of a vector
         vector = _Vector(index, peers, values)
         _say("ready")
         while await _hear() == "go":
@@ -229,6 +236,8 @@ def work_hivemind(codec: str, index: int, peers: int, values: int) -> None:
     _say([str(address) for address in first.get_visible_maddrs()] if first else [])
     addresses = json.loads(sys.stdin.readline())[0]
     dht = first or DHT(initial_peers=addresses, start=True)
+    _say("started")
+    sys.stdin.readline()
     vector = _Vector(index, peers, values)
     own = vector.own.clone()
     averager = DecentralizedAverager(
