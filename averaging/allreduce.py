@@ -19,6 +19,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from averaging.averaging_pb2 import Piece, RoundFrame, RoundGreeting
+from averaging.bandwidth import UplinkMeter
 from averaging.codecs import CODECS
 from averaging.errors import AveragingError, LinkError, ProtocolError, RoundAbandonedError
 from averaging.feedback import Feedback
@@ -37,10 +38,10 @@ ALIVE = RoundFrame(alive=True).SerializeToString()
 class ButterflyAllReduce:
     """Meets other peers for any number of rounds."""
 
-    def __init__(self, network: Network, *, rules: StepRules) -> None:
+    def __init__(self, network: Network, *, rules: StepRules, uplink: UplinkMeter | None = None) -> None:
         self.network, self.codec, self.rules = network, CODECS[rules.codec], rules
         self.max_payload_bytes = HELD.size_bytes(rules.piece_values)
-        self.feedback = Feedback(self.codec)
+        self.feedback, self.uplink = Feedback(self.codec), uplink or UplinkMeter()
         self._rounds: dict[RoundName, asyncio.Future[OpenRound]] = {}
         self._waiting: Counter[PeerId] = Counter()  # greetings of rounds that this peer has no plan of
 
@@ -147,6 +148,7 @@ class OpenRound:
             await asyncio.gather(own, *self._exchanges)
         finally:
             own.cancel()
+        self._owner.uplink.conclude()
         return self._done()
 
     def close(self) -> None:
@@ -276,8 +278,15 @@ class OpenRound:
     # frames
 
     async def _send(self, stream: Stream, header: bytes, payload: Buffer = b"") -> None:
-        await stream.send(header, payload)
-        self.sent_bytes += FRAME_BYTES + len(header) + len(payload)
+        time_s, uplink = asyncio.get_running_loop().time, self._owner.uplink
+        size, sent = FRAME_BYTES + len(header) + len(payload), 0
+        uplink.begin(time_s())
+        try:
+            await stream.send(header, payload)
+            sent = size
+        finally:
+            uplink.end(sent, time_s())
+        self.sent_bytes += sent
 
     async def _receive(self, stream: Stream) -> tuple[RoundFrame, Buffer]:
         """The next frame that is not a sign of life. Raises LinkError after a silence."""

@@ -8,16 +8,19 @@ I/O: one event loop.
 """
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Collection
 
 import torch
 
 from averaging.allreduce import ButterflyAllReduce
+from averaging.bandwidth import BYTES_PER_MEGABIT, UplinkMeter
 from averaging.codecs import CODECS
 from averaging.network import Network, PeerId
 from averaging.participant import Contribution, Mean, Participant
 from averaging.plan import StepRules
+from averaging.shares import Mode
 
 NO_STATE = bytes(8)
 
@@ -34,9 +37,15 @@ class Averager:
         codec: str = "int8",
         group_size: int = 16,
         name: str = "averager",
+        bandwidth: float = 0.0,
+        mode: Mode = Mode.MEMBER,
         rng: random.Random | None = None,
     ) -> None:
         """`peers` are the others that may take part; a step closes when the weights add up to `target`.
+
+        Args:
+            bandwidth: of the uplink, in Mbit/s, until it has been measured; 0 if unknown.
+            mode: a client cannot be dialled; an auxiliary only reduces, for others.
 
         Raises ValueError for a mistake in the arguments.
         """
@@ -44,17 +53,21 @@ class Averager:
             raise ValueError(f"unknown codec {codec!r}: one of {', '.join(CODECS)}")
         if group_size < 2 or target <= 0:
             raise ValueError(f"group_size {group_size} is below 2, or target {target} not above 0")
+        if not 0 <= bandwidth < math.inf:
+            raise ValueError(f"bandwidth {bandwidth} Mbit/s is negative or not finite")
         self.step = 0
         self._rules = rules = StepRules(target=target, max_weight=target, group_size=group_size, codec=codec)
+        uplink = UplinkMeter(bandwidth * BYTES_PER_MEGABIT)
         self._participant = Participant(
             network=network,
-            all_reduce=ButterflyAllReduce(network, rules=rules),
+            all_reduce=ButterflyAllReduce(network, rules=rules, uplink=uplink),
             rules=rules,
             name=name,
             roster=peers,
             refresh_roster=_nothing_to_read,
             version=lambda: self.step,
             rng=rng or random.SystemRandom(),
+            mode=mode,
         )
 
     async def start(self) -> None:
@@ -62,14 +75,21 @@ class Averager:
         await self._participant.start()
 
     async def average(self, vector: torch.Tensor, *, weight: float = 1.0) -> Mean:
-        """The mean of [values] float32 vectors by weight, bit-identical on all members.
+        """The mean of [values] float32 vectors by weight, bit-identical on all members. Not for auxiliaries.
 
         Raises BehindError if the others have closed this step without this member, and ValueError for a
         weight that is negative or above the target.
         """
         if not 0 <= weight <= self._rules.target:
             raise ValueError(f"weight {weight} is not between 0 and the target {self._rules.target}")
-        mean = await self._participant.close_step(_Given(vector, weight))
+        return await self._close_step(_Given(vector, weight))
+
+    async def assist(self) -> None:
+        """Reduce for the others in one step, as an auxiliary. Raises BehindError."""
+        await self._close_step(_Given(torch.empty(0), 0.0))
+
+    async def _close_step(self, given: "_Given") -> Mean:
+        mean = await self._participant.close_step(given)
         self.step += 1
         self._participant.coordinator.step_closed(self.step)
         return mean

@@ -202,6 +202,8 @@ class Participant:
     def _next_coordinator(self) -> PeerId:
         silent = self._silent()
         reachable = [peer for peer in self.live() if peer not in silent]
+        if self._mode is Mode.CLIENT and len(reachable) > 1:
+            reachable.remove(self._network.peer_id)  # nobody could report to it
         return coordinator_order(reachable, name=self._name, step=self._version())[0]
 
     # one step
@@ -282,7 +284,8 @@ class Participant:
         return plan
 
     def _report(self, contributor: Contributor) -> Report:
-        return Report(contributor.weight, contributor.state_hash, contributor.values, 1.0, self._mode)
+        bandwidth = self._all_reduce.uplink.reported
+        return Report(contributor.weight, contributor.state_hash, contributor.values, bandwidth, self._mode)
 
     async def _keep_reporting(self, stream: Stream, step: int, contributor: Contributor) -> None:
         while True:

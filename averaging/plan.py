@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from averaging.bandwidth import levelled
 from averaging.codecs import CODECS
 from averaging.grid import Grid, seat
 from averaging.network import PeerId
@@ -56,7 +57,7 @@ class Report:
     weight: float
     state_hash: bytes
     values: int = 0  # of its vector; 0 for an auxiliary
-    bandwidth: float = 1.0  # only ratios matter
+    bandwidth: float = 0.0  # bytes per second; 0 if unknown
     mode: Mode = Mode.MEMBER
 
 
@@ -64,7 +65,7 @@ class Report:
 class Member:
     peer: PeerId
     weight: float
-    bandwidth: float = 1.0
+    bandwidth: float = 1.0  # only ratios matter
     mode: Mode = Mode.MEMBER
 
 
@@ -158,7 +159,9 @@ def make_plan(
     *, step: int, coordinator: PeerId, reports: Mapping[PeerId, Report], nonce: bytes, rules: StepRules
 ) -> Plan:
     """Take in everybody who reported; the nonce decides who sits where."""
-    members = tuple(Member(p, r.weight, r.bandwidth, r.mode) for p, r in sorted(reports.items()))
+    ordered = sorted(reports.items())
+    rates = levelled([report.bandwidth for _, report in ordered])
+    members = tuple(Member(p, r.weight, b, r.mode) for (p, r), b in zip(ordered, rates, strict=True))
     digest = hashlib.sha256(nonce + struct.pack("<Q", step) + coordinator.encode())
     for member in members:
         digest.update(f"{member.peer}:{member.weight!r};".encode())

@@ -71,7 +71,7 @@ def first_round(plan: Plan, peer: PeerId, dimension: int, *, rules: StepRules) -
     modes = [given[peer].mode for peer in ordered]
     slices = cut(plan.values, shares([given[peer].bandwidth for peer in ordered], modes), INT8_BLOCK)
     work = {
-        reducer: Work(tuple(pieces(part, rules.piece_values)))
+        reducer: Work(tuple(pieces(part, rules.piece_values, INT8_BLOCK)))
         for reducer, part in zip(ordered, slices, strict=True)
         if len(part)
     }

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate, pairwise
 
+SMALLEST_PIECE = 32  # in units of `align`: smaller messages would only cost more
+
 
 class Mode(Enum):
     """What a groupmate can do for others."""
@@ -111,9 +113,18 @@ def equal_slices(values: int, members: int, align: int) -> list[Slice]:
     return cut(values, [1.0] * members, align)
 
 
-def pieces(part: Slice, piece_values: int) -> list[Slice]:
-    """Cut one slice into pieces that travel and are reduced one by one."""
-    return [
-        Slice(start, min(part.stop, start + piece_values))
-        for start in range(part.start, part.stop, piece_values)
-    ]
+def pieces(part: Slice, piece_values: int, align: int) -> list[Slice]:
+    """Cut one slice into pieces that travel and are reduced one by one, at multiples of `align`.
+
+    The last ones are smaller and smaller: when a reducer has the last part, only little is left to be sent.
+    """
+    found: list[Slice] = []
+    start = part.start
+    while start < part.stop:
+        left = part.stop - start
+        size = piece_values
+        if left <= 2 * piece_values:
+            size = max(-(-left // (2 * align)) * align, SMALLEST_PIECE * align)
+        found.append(Slice(start, min(part.stop, start + size)))
+        start = found[-1].stop
+    return found

@@ -35,7 +35,7 @@ def report_of(message: pb.StepReport, sender: PeerId) -> Report:
         0 <= message.weight < math.inf
         and len(message.state_hash) == HASH_BYTES
         and message.values <= MAX_VALUES
-        and 0 < message.bandwidth < math.inf
+        and 0 <= message.bandwidth < math.inf
         and message.mode < len(MODES)
         and (message.values > 0) != (MODES[message.mode] is Mode.AUXILIARY)
     )
@@ -127,16 +127,17 @@ def repair_of(message: pb.Repair, plan: Plan, rules: StepRules) -> Round:
         name=(plan.key, message.line, message.attempt),
         members=members,
         speakers=frozenset(message.speakers),
-        work={
-            each.peer: Work(_slices(each.reduced, plan, rules), _slices(each.passed, plan, rules))
-            for each in message.work
-        },
+        work={each.peer: _work(each, plan, rules) for each in message.work},
         feed_back=False,
     )
 
 
 def _ends(pieces: Iterable[Slice]) -> list[int]:
     return [end for piece in pieces for end in (piece.start, piece.stop)]
+
+
+def _work(message: pb.RoundWork, plan: Plan, rules: StepRules) -> Work:
+    return Work(_slices(message.reduced, plan, rules), _slices(message.passed, plan, rules))
 
 
 def _slices(ends: Sequence[int], plan: Plan, rules: StepRules) -> tuple[Slice, ...]:

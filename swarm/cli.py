@@ -80,6 +80,10 @@ def peer(
     port: Port = 0,
     identity: Annotated[Path | None, typer.Option(help="Keep this peer's identity in a file.")] = None,
     threads: Annotated[int, typer.Option(help="Compute threads; 0 for torch's default.", min=0)] = 0,
+    bandwidth: Annotated[
+        float,
+        typer.Option(help="Mbit/s of the uplink, until it has been measured; 0: unknown.", min=0, max=1e6),
+    ] = 0.0,
     verbose: Verbose = False,
 ) -> None:
     """Serve one stage of a run until Ctrl-C."""
@@ -92,7 +96,7 @@ def peer(
 
         set_up_logging(name or "peer", verbose=verbose)
         number = None if stage == "auto" else int(stage)
-        options = PeerOptions(tuple(join), number, device, name, listen, port, identity, threads)
+        options = PeerOptions(tuple(join), number, device, name, listen, port, identity, threads, bandwidth)
         return run_until_signal(serve(options))
 
     exit_with(start)

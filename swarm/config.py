@@ -137,8 +137,7 @@ class PipelineConfig(_Section):
 
 class AveragingConfig(_Section):
     codec: CodecName = Field("int8", description="of gradients between the peers of a stage")
-    # 64: until the lines of a grid wait for each other, one slow uplink holds back more than one group.
-    group_size: int = Field(64, ge=2, description="about how many average at once; more sit on a grid")
+    group_size: int = Field(16, ge=2, description="about how many average at once; more sit on a grid")
     progress_deadline_s: Seconds = Field(5.0, description="silence after which a groupmate counts as lost")
     round_deadline_s: Seconds = Field(300.0, description="most that the averaging of one step may take")
     grace_s: Seconds = Field(1.0, description="wait for live peers that have not reported when a step closes")

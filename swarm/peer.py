@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from averaging.bandwidth import UplinkMeter
 from averaging.errors import LinkError
 from averaging.network import Network, PeerId
 from swarm.compute import Compute, Priority
@@ -51,6 +52,7 @@ class Peer:
         device: str = "cpu",
         name: str = "",
         addresses: tuple[str, ...] = (),
+        uplink: UplinkMeter | None = None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
         on_step: Callable[[AppliedStep], None] = lambda done: None,
@@ -62,6 +64,7 @@ class Peer:
         self._network, self._directory, self._compute, self.config = network, directory, compute, config
         self._run, self._stage_number, self._device, self._name = run, stage, device, name
         self._addresses, self._clock, self._on_step = addresses, clock, on_step
+        self._uplink = uplink or UplinkMeter()
         self._rng = rng or random.SystemRandom()
         self._roster: dict[PeerId, PeerRecord] = {}
         self._tokens_seen, self._tokens_at_s = 0.0, clock()
@@ -88,6 +91,7 @@ class Peer:
             refresh_roster=self._read_roster,
             refetch=self._refetch,
             rng=self._rng,
+            uplink=self._uplink,
             on_step=self._on_step,
         )
         self._state = StateServer(self._network, self.stage, self._compute)
@@ -152,6 +156,7 @@ class Peer:
             "tokens_per_s": round(self._tokens_per_s, 1),
             "name": self._name,
             "hash": self.updater.state_hash.hex(),
+            "uplink_bytes_per_s": round(self._uplink.reported),
             **counters,
         }
 

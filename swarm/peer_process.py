@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from averaging.bandwidth import BYTES_PER_MEGABIT, UplinkMeter
 from averaging.errors import LinkError
 from swarm.allocator import keep_freed_memory
 from swarm.assignment import choose_stage
@@ -30,6 +31,7 @@ class PeerOptions:
     port: int = 0
     identity: Path | None = None
     threads: int = 0
+    bandwidth: float = 0.0  # Mbit/s of the uplink, until it has been measured; 0 if unknown
 
 
 async def serve(options: PeerOptions) -> int:
@@ -57,6 +59,7 @@ async def serve(options: PeerOptions) -> int:
             device=device,
             name=options.name,
             addresses=here.addresses,
+            uplink=UplinkMeter(options.bandwidth * BYTES_PER_MEGABIT),
         )
         log.info("run %s (%s), stage %d on %s", config.name, manifest.run, stage, device)
         await peer.join()

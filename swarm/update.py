@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from averaging.allreduce import ButterflyAllReduce
+from averaging.bandwidth import UplinkMeter
 from averaging.errors import BehindError, RoundAbandonedError
 from averaging.network import Network, PeerId
 from averaging.participant import Contribution, Mean, Participant
@@ -79,6 +80,7 @@ class Updater:
         refresh_roster: Callable[[], Awaitable[None]],
         refetch: Callable[[], Awaitable[bool]],
         rng: random.Random,
+        uplink: UplinkMeter | None = None,
         on_step: Callable[[AppliedStep], None] = lambda done: None,
     ) -> None:
         """`roster` are the live peers of the stage without this one, as of the last `refresh_roster`;
@@ -93,7 +95,7 @@ class Updater:
         self.counters: Counter[str] = Counter()
         self.participant = Participant(
             network=network,
-            all_reduce=ButterflyAllReduce(network, rules=rules),
+            all_reduce=ButterflyAllReduce(network, rules=rules, uplink=uplink),
             rules=rules,
             name=f"{run}/{stage.stage}",
             roster=roster,

@@ -116,5 +116,14 @@ def test_slices_cover_the_vector_once_at_aligned_cuts(values, members, align):
 
 
 def test_pieces_cover_a_slice_once():
-    cut = pieces(Slice(10, 1010), 300)
-    assert [len(p) for p in cut] == [300, 300, 300, 100] and cut[0].start == 10
+    cut = pieces(Slice(512, 512 * 1001 + 77), 512 * 300, 512)
+    assert cut[0].start == 512 and cut[-1].stop == 512 * 1001 + 77
+    assert all(a.stop == b.start for a, b in pairwise(cut))
+    assert all(p.start % 512 == 0 for p in cut)
+
+
+def test_the_last_pieces_of_a_slice_are_small_and_none_is_above_the_bound():
+    for blocks in (1, 31, 32, 33, 100, 640, 1001, 5000):
+        sizes = [len(p) for p in pieces(Slice(0, 512 * blocks), 512 * 300, 512)]
+        assert sum(sizes) == 512 * blocks and max(sizes) <= 512 * 300
+        assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= 512 * 32

@@ -6,7 +6,8 @@
 Every peer is a process with its own libp2p daemon. A round's time is from the moment the last peer is ready
 to the moment the last one has the mean: finding each other, deciding and committing included. Ours and
 hivemind's take turns, round by round; median of `--rounds` after two to warm up. Every worker checks that it
-got the mean.
+got the mean. Errors are relative: of the first round, of one with error feedback under way, and of the mean
+over all rounds so far.
 hivemind's 8-bit codec does not decode with present numpy: `_mend_hivemind` repairs that here.
 
 With `--faults` one of four is sent SIGKILL or SIGSTOP in the middle of a round, and the time counts from then
@@ -29,6 +30,8 @@ from typing import Any
 
 import torch
 
+from averaging.averager import Averager
+from averaging.codecs import CODECS
 from experiments.benchmarks.report import report
 from experiments.benchmarks.workers import end_workers, start_worker
 
@@ -44,13 +47,18 @@ PAIRS = (("ours float32", "hivemind float32"), ("ours int8", "hivemind 8 bit"))
 FAULT_LIMIT_S = 90.0  # a survivor that has not returned by then is not waited for
 
 
+def worker_commands(side: str, codec: str, peers: int, values: int) -> list[list[str]]:
+    """How to start the processes of one side."""
+    command = [sys.executable, "-m", "experiments.benchmarks.averaging", "--worker", side, codec]
+    sizes = ["--values", str(values), "--peers", str(peers)]
+    return [[*command, *sizes, "--index", str(index)] for index in range(peers)]
+
+
 class Workers:
     """The processes of one side, driven line by line through their pipes."""
 
-    def __init__(self, side: str, codec: str, peers: int, values: int) -> None:
-        command = [sys.executable, "-m", "experiments.benchmarks.averaging", "--worker", side, codec]
-        sizes = ["--values", str(values), "--peers", str(peers)]
-        self._processes = [start_worker([*command, *sizes, "--index", str(index)]) for index in range(peers)]
+    def __init__(self, commands: list[list[str]]) -> None:
+        self._processes = [start_worker(command) for command in commands]
         self._living = list(self._processes)
         addresses = self.hear()
         self.tell(addresses)
@@ -117,7 +125,7 @@ def measure(peers: int, values: int, rounds: int) -> dict[str, dict[str, float]]
         workers: dict[str, Workers] = {}
         try:
             for name in pair:
-                workers[name] = Workers(*SIDES[name], peers, values)
+                workers[name] = Workers(worker_commands(*SIDES[name], peers, values))
             said = [{name: workers[name].round() for name in pair} for _ in range(2 + rounds)][2:]
         finally:
             for each in workers.values():
@@ -135,7 +143,7 @@ def measure_fault(side: str, fault: signal.Signals, values: int, rounds: int) ->
     """Medians over rounds of four peers, in the middle of each of which the last one is lost."""
     runs = []
     for _ in range(rounds):
-        workers = Workers(*SIDES[side], 4, values)
+        workers = Workers(worker_commands(*SIDES[side], 4, values))
         try:
             usual_s = [workers.round()["s"] for _ in range(3)][-1]
             runs.append(workers.faulty_round(fault, 0.4 * usual_s))
@@ -154,6 +162,7 @@ class _Vector:
     def __init__(self, index: int, peers: int, values: int) -> None:
         self.values, self.peers = values, peers
         self._base_bytes, self._copies = _memory_bytes("VmRSS"), 0.0
+        self._first_error, self._sum, self._rounds = -1.0, torch.zeros(0), 0
         self.own = self._of(index)
 
     def _of(self, index: int) -> torch.Tensor:
@@ -169,9 +178,18 @@ class _Vector:
         without = parts / (self.peers - 1)
         exact = parts.add_(self._of(self.peers - 1)).div_(self.peers)
         error = float((mean - exact).norm() / exact.norm())
+        if self._first_error < 0:
+            self._first_error, self._sum = error, torch.zeros(self.values)
+        self._sum, self._rounds = self._sum.add_(mean), self._rounds + 1
+        lasting = float((self._sum / self._rounds - exact).norm() / exact.norm())
         error_without = float((mean - without).norm() / without.norm())
         digest = hashlib.sha256(mean.numpy().tobytes()).hexdigest()
-        errors = {"error": error, "error without the last": error_without}
+        errors = {
+            "error": error,
+            "error without the last": error_without,
+            "first error": self._first_error,
+            "lasting error": lasting,
+        }
         return errors | {"hash": digest, "copies": self._copies}
 
 
@@ -188,15 +206,21 @@ async def _hear() -> Any:
     return json.loads(await asyncio.to_thread(sys.stdin.readline))
 
 
-async def work_ours(codec: str, index: int, peers: int, values: int) -> None:
+async def work_ours(
+    codec: str,
+    index: int,
+    peers: int,
+    values: int,
+    *,
+    listen: str = "127.0.0.1",
+    bandwidth: float = 0.0,
+) -> None:
     """Rounds of our own averager whenever a line comes in."""
-    from averaging.averager import Averager
-    from averaging.codecs import CODECS
     from swarm.allocator import keep_freed_memory
     from swarm.process import joined
 
     keep_freed_memory()
-    async with joined([]) as here:
+    async with joined([], listen=listen) as here:
         _say([here.network.peer_id, *here.addresses])
         known = {peer: addresses for peer, *addresses in await _hear()}
 
@@ -206,13 +230,13 @@ async def work_ours(codec: str, index: int, peers: int, values: int) -> None:
         here.network.use_addresses(addresses_of)
         others = [peer for peer in known if peer != here.network.peer_id]
         target = max(1.0, peers - 1.0)  # one may be lost; live ones are waited for
-        averager = Averager(here.network, peers=lambda: others, target=target, codec=codec)
+        averager = Averager(
+            here.network, peers=lambda: others, target=target, codec=codec, bandwidth=bandwidth
+        )
         await averager.start()
         _say("started")
         await _hear()
-        await averager.average(
-            torch.ones(1000)
-        )  # what loads code and meets the others is no copy of a vector
+        await averager.average(torch.ones(1000))  # loading code takes memory, but is no copy of a vector
         vector = _Vector(index, peers, values)
         _say("ready")
         while await _hear() == "go":

@@ -1,0 +1,71 @@
+"""The package's front door, on the in-memory network in virtual time."""
+
+import asyncio
+
+import pytest
+import torch
+
+from averaging import virtual_time
+from averaging.averager import Averager
+from averaging.memory_network import Link, MemoryHub
+from averaging.network import Network
+from averaging.shares import Mode
+
+VALUES = 50_000
+TOLERANCE = {"float32": 1e-5, "int8": 0.03, "int4": 0.5}
+
+
+class Recording:
+    """A network that notes whom it dials, and for what."""
+
+    def __init__(self, network: Network, dialled: list[tuple[str, str]]) -> None:
+        self.peer_id, self.serve = network.peer_id, network.serve
+        self._network, self._dialled = network, dialled
+
+    async def open(self, peer, service, **more):
+        self._dialled.append((peer, service))
+        return await self._network.open(peer, service, **more)
+
+
+@pytest.mark.parametrize("codec", ["float32", "int8", "int4"])
+def test_clients_and_auxiliaries_take_part_as_what_they_are(codec):
+    modes = {"a": Mode.MEMBER, "b": Mode.MEMBER, "c": Mode.CLIENT, "d": Mode.CLIENT, "e": Mode.AUXILIARY}
+    dialled: list[tuple[str, str]] = []
+
+    async def main():
+        hub = MemoryHub(link=lambda a, b: Link(latency_s=0.01))
+        averagers = {}
+        for name, mode in modes.items():
+            network = Recording(hub.network(name), dialled)
+            averagers[name] = Averager(network, peers=lambda: list(modes), target=4, codec=codec, mode=mode)
+            await averagers[name].start()
+        vectors = {name: torch.randn(VALUES) for name in "abcd"}
+        exact = torch.stack(list(vectors.values())).mean(0)
+        for _ in range(5):
+            helping = asyncio.create_task(averagers["e"].assist())
+            means = await asyncio.gather(*(averagers[name].average(vectors[name]) for name in vectors))
+            await helping
+            for mean in means:
+                assert torch.equal(mean.vector, means[0].vector)
+                assert (mean.vector - exact).norm() < {"float32": 1e-5, "int4": 0.5}.get(
+                    codec, 0.03
+                ) * exact.norm()
+
+    virtual_time.run(main())
+    reducers = {peer for peer, service in dialled if service == "reduce"}
+    assert reducers == {"a", "b", "e"}, "nobody asks a client to reduce, and the auxiliary does"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        ({"codec": "int5"}, "unknown codec 'int5'"),
+        ({"group_size": 1}, "group_size 1"),
+        ({"target": 0.0}, "target"),
+        ({"bandwidth": -1.0}, "bandwidth -1.0"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_line(mistake, says):
+    with pytest.raises(ValueError, match=says) as error:
+        Averager(MemoryHub().network("a"), peers=list, **{"target": 1.0} | mistake)
+    assert "\n" not in str(error.value)
