@@ -76,6 +76,7 @@ class Sim:
         self.losses: dict[bytes, float] = {}
         self.errors: list[str] = []
         self.on_log = lambda what: None
+        self.on_freeze = lambda peer: None  # it is about to average
         asyncio.get_running_loop().set_exception_handler(self._on_error)
 
     def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict) -> None:
@@ -109,6 +110,7 @@ class Sim:
 
             def logged(frozen: Accumulator) -> torch.Tensor:
                 contributed[frozen.step] = list(frozen.microbatches)
+                self.on_freeze(peer_id)
                 return mean(frozen)
 
             peer.stage.mean = logged

@@ -114,6 +114,24 @@ def test_the_compose_services_and_the_systemd_unit_train_together(processes):
 
 @pytest.mark.real
 @pytest.mark.timeout(200)
+def test_the_data_parallel_run_file_trains_one_stage_on_four_peers_with_two_trainers(processes):
+    run = processes.folder / "runs" / "data-parallel"
+    shortened = ["training.target_batch_tokens=2048", "training.eval_microbatches=1"]
+    organizing = processes.start(
+        [
+            *["swarm", "run", str(ROOT / "experiments" / "data_parallel.yaml"), "--steps", "4"],
+            *[word for override in shortened for word in ("--set", override)],
+        ]
+    )
+    assert organizing.wait(180) == 0, processes.logs()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] >= 4 and summary["drifted_states"] == summary["microbatches"]["lost"] == 0
+    peers = [(run / "logs" / f"peer-{number}.log").read_text() for number in range(4)]
+    assert all("serving stage 0" in log for log in peers), processes.logs()
+
+
+@pytest.mark.real
+@pytest.mark.timeout(200)
 def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes):
     run = processes.folder / "runs" / "custom-model"
     organizing = processes.start(

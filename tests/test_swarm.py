@@ -193,3 +193,23 @@ def test_bad_tensors_are_rejected_counted_against_their_sender_and_hurt_nobody_e
         await train(sim, 10)
 
     simulate(test, peers=1)
+
+
+def test_a_stage_on_a_grid_goes_on_together_when_members_are_killed_while_they_average():
+    async def test(sim):
+        killed = []
+
+        def kill_soon(peer):
+            """Now and then, between the first message of its round and the last."""
+            if peer.endswith("stage1") and len(killed) < 3 and len(sim.steps) > 40 * len(killed):
+                killed.append(peer)
+                asyncio.get_running_loop().call_later(0.02, sim.kill, peer)
+
+        sim.on_freeze = kill_soon
+        await train(sim, 120)
+        assert len(killed) == 3
+        assert min(max(v for s, v in sim.hashes if s == stage) for stage in range(3)) >= 6
+        split = [node for node, states in sim.hashes.items() if len(states) > 1]
+        assert not split, f"(stage, version) with different states: {split}"
+
+    simulate(test, "averaging.group_size=2", "averaging.codec=int8", peers=5)
