@@ -39,9 +39,10 @@ class ButterflyAllReduce:
     """Meets other peers for any number of rounds."""
 
     def __init__(self, network: Network, *, rules: StepRules, uplink: UplinkMeter | None = None) -> None:
-        self.network, self.codec, self.rules = network, CODECS[rules.codec], rules
+        self.network, self.rules = network, rules
+        self.codec, self.mean_codec = CODECS[rules.codec], CODECS[rules.mean_codec or rules.codec]
         self.max_payload_bytes = HELD.size_bytes(rules.piece_values)
-        self.feedback, self.uplink = Feedback(self.codec), uplink or UplinkMeter()
+        self.feedback, self.uplink = Feedback(self.codec, self.mean_codec), uplink or UplinkMeter()
         self._rounds: dict[RoundName, asyncio.Future[OpenRound]] = {}
         self._waiting: Counter[PeerId] = Counter()  # greetings of rounds that this peer has no plan of
 
@@ -115,10 +116,10 @@ class OpenRound:
         self._me, self._silence_s = owner.network.peer_id, owner.rules.silence_s
         work = round_.work.get(self._me, Work())
         if round_.feed_back:
-            self._feedback = owner.feedback.of(means.vector.numel(), work.pieces)
+            self._feedback, of_means = owner.feedback.of(means.vector.numel(), work.pieces)
         else:
-            self._feedback = owner.feedback.none()
-        self._reduction = Reduction(round_, work, owner.codec, self._feedback.encode)
+            self._feedback, of_means = owner.feedback.none()
+        self._reduction = Reduction(round_, work, owner.codec, of_means.encode)
         self._begun: asyncio.Future[tuple[torch.Tensor, float]] = asyncio.get_running_loop().create_future()
         self._held: dict[PeerId, int] = dict.fromkeys(round_.work, 0)
         self._lost: dict[PeerId, str] = {}  # reducers
@@ -219,7 +220,7 @@ class OpenRound:
                 raise ProtocolError(stream.remote, f"sent something else than piece {index}")
             if not 0 <= frame.piece.weight <= self._round.most_weight * len(self._round.members):
                 raise ProtocolError(stream.remote, f"sent a mean of weight {frame.piece.weight:g}")
-            codec = HELD if index < len(work.passed) else self._owner.codec
+            codec = HELD if index < len(work.passed) else self._owner.mean_codec
             decode(codec, stream.remote, payload, (len(part),), self._means.room(part))
             self._means.note(part, frame.piece.weight)
             self._held[stream.remote] = index + 1
@@ -233,7 +234,7 @@ class OpenRound:
             except RoundAbandonedError:
                 return
             if index >= len(work.passed):
-                self._owner.codec.decode(frame.payload, (len(part),), self._means.room(part))
+                self._owner.mean_codec.decode(frame.payload, (len(part),), self._means.room(part))
                 self._means.note(part, RoundFrame.FromString(frame.header).piece.weight)
             self._held[self._me] = index + 1
 

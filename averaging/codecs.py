@@ -1,4 +1,4 @@
-"""Tensor <-> bytes: float32, float16, bfloat16, and int8 or int4 in blocks.
+"""Tensor <-> bytes: float32, float16, bfloat16, int8 or int4 in blocks, and the largest of every block.
 
 Every codec is stateless, vectorised torch on the tensor's own device, and names the exact size of what
 it produces, so that a receiver can check a length before it allocates. Decoding refuses bytes of
@@ -18,6 +18,7 @@ from averaging.errors import CodecError
 from averaging.network import Buffer
 
 INT8_BLOCK, INT4_BLOCK = 512, 128
+TOP_BLOCK, TOP_KEPT = 256, 8  # positions in a block fit into a byte
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -149,6 +150,36 @@ class _Int4:
         return tensor if out is None else out.copy_(tensor)
 
 
+class _TopK:
+    """Of every block of 256 the 8 values of largest magnitude, as bfloat16 with their positions; 0.094 bytes
+    per value. The rest counts as zero: alone it is never heard of."""
+
+    name, number, lossy = "topk", 6, True
+
+    def size_bytes(self, values: int) -> int:
+        return 3 * TOP_KEPT * _blocks(values, TOP_BLOCK)
+
+    def encode(self, tensor: torch.Tensor) -> Buffer:
+        rows = in_blocks(tensor.detach().to(torch.float32).reshape(-1), TOP_BLOCK)
+        position = rows.abs().topk(TOP_KEPT, dim=1, sorted=False).indices
+        kept = rows.gather(1, position).to(torch.bfloat16)
+        return b"".join((_bytes_of(kept), _bytes_of(position.to(torch.uint8))))
+
+    def decode(self, data: Buffer, shape: tuple[int, ...], out: torch.Tensor | None = None) -> torch.Tensor:
+        _check_length(self, data, shape)
+        values = _count(shape)
+        if not values:
+            return torch.zeros(shape)
+        blocks, view = _blocks(values, TOP_BLOCK), memoryview(data)
+        kept = _from_bytes(view[: 2 * TOP_KEPT * blocks], torch.bfloat16).view(blocks, TOP_KEPT)
+        if not bool(torch.isfinite(kept).all()):
+            raise CodecError("tensor is not finite")
+        position = _from_bytes(view[2 * TOP_KEPT * blocks :], torch.uint8).view(blocks, TOP_KEPT)
+        rows = torch.zeros(blocks, TOP_BLOCK).scatter_(1, position.long(), kept.float())
+        tensor = rows.view(-1)[:values].view(shape)
+        return tensor if out is None else out.copy_(tensor)
+
+
 def _blocks(values: int, block: int) -> int:
     return -(-values // block)
 
@@ -203,6 +234,7 @@ CODECS: dict[str, Codec] = {
         _Cast("bfloat16", 3, torch.bfloat16),
         INT8,
         _Int4(),
+        _TopK(),
     )
 }
 _BY_NUMBER = {codec.number: codec for codec in CODECS.values()}

@@ -97,29 +97,39 @@ class _None:
 class Feedback:
     """The residuals of one member, from step to step."""
 
-    def __init__(self, codec: Codec) -> None:
-        self._codec, self._none = codec, _None(codec)
+    def __init__(self, codec: Codec, mean_codec: Codec) -> None:
+        self._codecs = (codec, mean_codec)
         self._values = 0
-        self._residual: Residual | None = None
+        self._parts: Residual = _None(codec)
+        self._means: Residual = _None(mean_codec)
         self._own: tuple[Slice, ...] = ()
 
-    def of(self, values: int, own: tuple[Slice, ...]) -> Residual:
-        """What is left over for a vector of `values`, of which this member now reduces the pieces `own`.
+    def of(self, values: int, own: tuple[Slice, ...]) -> tuple[Residual, Residual]:
+        """What is left over of parts and of means, for a vector of which this member reduces the pieces
+        `own`.
 
-        Pieces that it has begun or ceased to reduce start anew: what was left over of a part is not what is
-        left over of a mean.
+        They share memory if their codec is one. Pieces that it has begun or ceased to reduce start anew: what
+        was left over of a part is not what is left over of a mean.
         """
-        if not self._codec.lossy:
-            return self._none
-        if self._residual is None or self._values != values:
+        if self._values != values:
             self._values = values
-            self._residual = _Int8(values) if self._codec is INT8 else _Full(self._codec, values)
+            codec, mean_codec = self._codecs
+            self._parts = _residual(codec, values)
+            self._means = self._parts if mean_codec is codec else _residual(mean_codec, values)
         else:
             for part in {*own} ^ {*self._own}:
-                self._residual.forget(part)
+                self._parts.forget(part)
+                self._means.forget(part)
         self._own = own
-        return self._residual
+        return self._parts, self._means
 
-    def none(self) -> Residual:
+    def none(self) -> tuple[Residual, Residual]:
         """Without a memory."""
-        return self._none
+        codec, mean_codec = self._codecs
+        return _None(codec), _None(mean_codec)
+
+
+def _residual(codec: Codec, values: int) -> Residual:
+    if not codec.lossy:
+        return _None(codec)
+    return _Int8(values) if codec is INT8 else _Full(codec, values)

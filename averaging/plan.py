@@ -37,12 +37,14 @@ class StepRules:
     grace_s: float = 1.0  # wait for live peers that have not reported when the target is reached
     expire_s: float = 16.0  # a peer that was found dead is not expected for so long: its record lives on
     strict: bool = False  # a round that loses a member is abandoned, not repaired
-    codec: str = "float32"  # of parts and means
+    codec: str = "float32"  # of the parts that members send
+    mean_codec: str = ""  # of the means that they get; the same if empty
 
     @property
     def piece_values(self) -> int:
         """Of what travels and is reduced at once: one is under way while the next is encoded."""
-        return min(MAX_PIECE_VALUES, PIECE_BYTES // CODECS[self.codec].size_bytes(1024) * 1024)
+        largest = max(CODECS[name].size_bytes(1024) for name in (self.codec, self.mean_codec or self.codec))
+        return min(MAX_PIECE_VALUES, PIECE_BYTES // largest * 1024)
 
     @property
     def silence_s(self) -> float:

@@ -18,8 +18,9 @@ from averaging.codecs import CODECS
 from averaging.network import MAX_HEADER_BYTES
 from swarm.errors import ConfigError
 
-CodecName = Literal["float32", "float16", "bfloat16", "int8", "int4"]
-assert set(get_args(CodecName)) == set(CODECS)
+ActivationCodec = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+AveragingCodec = Literal[ActivationCodec, "topk"]  # what has error feedback may leave out nearly all
+assert set(get_args(AveragingCodec)) == set(CODECS)
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
@@ -124,7 +125,7 @@ class TrainingConfig(_Section):
 
 
 class PipelineConfig(_Section):
-    codec: CodecName = Field("int8", description="of activations and their gradients between stages")
+    codec: ActivationCodec = Field("int8", description="of activations and their gradients between stages")
     in_flight: Positive = Field(16, description="most microbatches a trainer has under way")
     queue: Positive = Field(32, description="most microbatches a peer holds before it answers BUSY")
     hop_deadline_s: Seconds = Field(30.0, description="a hop that takes longer is given to another peer")
@@ -136,7 +137,10 @@ class PipelineConfig(_Section):
 
 
 class AveragingConfig(_Section):
-    codec: CodecName = Field("int8", description="of gradients between the peers of a stage")
+    codec: AveragingCodec = Field(
+        "int8", description="of gradients that the peers of a stage send each other"
+    )
+    mean_codec: AveragingCodec | None = Field(None, description="of what they get back; default: as `codec`")
     group_size: int = Field(16, ge=2, description="about how many average at once; more sit on a grid")
     progress_deadline_s: Seconds = Field(5.0, description="silence after which a groupmate counts as lost")
     round_deadline_s: Seconds = Field(300.0, description="most that the averaging of one step may take")

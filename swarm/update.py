@@ -61,6 +61,7 @@ def step_rules(config: RunConfig) -> StepRules:
         expire_s=config.network.expire_s,
         strict=config.training.strict,
         codec=config.averaging.codec,
+        mean_codec=config.averaging.mean_codec or "",
     )
 
 

@@ -17,7 +17,7 @@ from averaging.plan import MAX_PIECE_VALUES, Report, StepRules, make_plan
 from averaging.reduction import Means
 from averaging.round import first_round
 
-TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2, "int8": 3e-2, "int4": 0.25}
+TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2, "int8": 3e-2, "int4": 0.25, "topk": 1.0}
 RULES = StepRules(target=1, max_weight=1e6, progress_s=3)
 
 

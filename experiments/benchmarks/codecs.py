@@ -1,0 +1,58 @@
+"""Does the quickstart's model learn the same when its gradients are averaged with fewer bits?
+
+    python -m experiments.benchmarks.codecs [--codecs int8 int4 topk] [--steps 120] [--seeds 1] [--json]
+
+One stage on four peers, trained with float32 and with each codec; reported are the losses at the same number
+of tokens (linear between evaluations) and the bytes that averaging took. The order in which microbatches
+count differs from run to run, so even float32 against itself (the row "float32 again") is not 1.
+"""
+
+import argparse
+import statistics
+import sys
+
+from experiments.benchmarks.chaos import loss_at
+from experiments.benchmarks.quickstart import run_quickstart
+from experiments.benchmarks.report import report
+
+ONE_STAGE = ("model.stages=1", "local.peers_per_stage=4", "training.eval_every=20", "pipeline.in_flight=8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--codecs", nargs="+", default=["int8", "int4", "topk"])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    rows = []
+    excess: dict[str, list[float]] = {}
+    for seed in range(options.seeds):
+        runs = {}
+        for name in ("float32", "float32 again", *options.codecs):
+            settings = [*ONE_STAGE, f"training.seed={seed}", f"averaging.codec={name.split()[0]}"]
+            words = [word for setting in settings for word in ("--set", setting)]
+            runs[name] = run_quickstart("--steps", str(options.steps), *words)
+            print(seed, name, runs[name]["final_loss"], file=sys.stderr)
+        tokens = min(run["evaluations"][-1]["tokens"] for run in runs.values())
+        reference = loss_at(runs["float32"]["evaluations"], tokens)
+        for name, run in runs.items():
+            loss = loss_at(run["evaluations"], tokens)
+            excess.setdefault(name, []).append(loss / reference)
+            megabytes = run["wire_bytes"]["averaging"] / 1e6
+            rows.append(
+                {
+                    "seed": seed,
+                    "codec": name,
+                    "loss at equal tokens": loss,
+                    "over float32": loss / reference,
+                    "averaging MB": megabytes,
+                    "drifted": run["drifted_states"],
+                }
+            )
+    ratios = {f"loss_{name.replace(' ', '_')}": statistics.median(each) for name, each in excess.items()}
+    report("training with codecs", rows, ratios, options.json)
+
+
+if __name__ == "__main__":
+    main()
