@@ -3,7 +3,10 @@
 Layers, each importing only those above it:
 
     errors, network, virtual_time, memory_network   the seam to the outside and its in-memory twin
-    codecs, shares, feedback, reduce, grid, plan    pure decisions and arithmetic
-    allreduce, moshpit                              one round in one group; the rounds of a plan
-    coordinator, participant                        who closes a step; taking part in it to its verdict
+    framing, hivemind_network                       the real one: hivemind's libp2p daemon, and our frames
+    codecs, feedback, reduce                        tensors and bytes; what is left over; the mean
+    shares, bandwidth, grid, plan, round, repair    who averages with whom, reduces what, and does it again
+    wire                                            messages, validated
+    reduction, allreduce, moshpit                   a reducer's pieces; one round in one group; all rounds
+    coordinator, participant, averager              who closes a step; taking part in it; the front door
 """

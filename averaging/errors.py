@@ -17,6 +17,26 @@ class LinkError(AveragingError):
         self.peer, self.what, self.refused = peer, what, refused
 
 
+class UserError(AveragingError):
+    """The user can fix it: the message is one line that says what, where and how."""
+
+
+class PortTakenError(UserError):
+    """Another process listens on the port asked for."""
+
+
+class NoAnswerError(UserError):
+    """Nobody answered at the address to join."""
+
+
+class VersionMismatchError(LinkError):
+    """The other end speaks another version of the protocol; update the older of the two."""
+
+    def __init__(self, peer: str, *, theirs: int | None, ours: int) -> None:
+        spoken = "something else" if theirs is None else f"version {theirs}"
+        super().__init__(peer, f"speaks {spoken} of the protocol, this program version {ours}")
+
+
 class ProtocolError(AveragingError):
     """`peer` sent bytes that violate the protocol; they are dropped and counted against it."""
 

@@ -8,7 +8,7 @@ the engine that lose their other end finish without an exception, truncated.
 open for the next request. Requests must be idempotent: one that failed on a kept stream is sent once
 more on a fresh one.
 
-Pure protocol definitions plus the pool; the shells are `swarm.hivemind_network` and
+Pure protocol definitions plus the pool; the shells are `averaging.hivemind_network` and
 `averaging.memory_network`, and one contract suite runs on both.
 """
 
@@ -21,6 +21,7 @@ from typing import Protocol
 
 from averaging.errors import LinkError
 
+PROTOCOL_VERSION = 2  # of all that peers say to each other
 PeerId = str
 Buffer = bytes | bytearray | memoryview
 

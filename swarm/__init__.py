@@ -14,5 +14,3 @@ plan         the coordinator's one decision per step: who averages with whom, in
 grid, group, round   Moshpit's grid; the peers on one line of it; one all-reduce along one dimension
 manifest     the signed description of a run: its YAML resolved, hashes, the organizer's key
 """
-
-PROTOCOL_VERSION = 1

@@ -10,8 +10,7 @@ Pure.
 import json
 from dataclasses import dataclass
 
-from averaging.network import PeerId
-from swarm import PROTOCOL_VERSION
+from averaging.network import PROTOCOL_VERSION, PeerId
 from swarm.config import RunConfig, parse_run
 from swarm.errors import ConfigError, RunMismatchError
 from swarm.records import fingerprint

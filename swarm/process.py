@@ -20,8 +20,8 @@ from typing import Any
 
 import uvloop
 
+from averaging.hivemind_network import HivemindNetwork, start_daemon
 from swarm.dht import HivemindDirectory, make_identity
-from swarm.hivemind_network import HivemindNetwork, start_daemon
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,8 @@
 """The package's front door, on the in-memory network in virtual time."""
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from averaging.memory_network import Link, MemoryHub
 from averaging.network import Network
 from averaging.shares import Mode
 
+EXAMPLE = "experiments.average_tensors"
 VALUES = 50_000
 TOLERANCE = {"float32": 1e-5, "int8": 0.03, "int4": 0.5, "topk": 1.5}
 
@@ -69,3 +72,20 @@ def test_a_users_mistake_is_one_clear_line(mistake, says):
     with pytest.raises(ValueError, match=says) as error:
         Averager(MemoryHub().network("a"), peers=list, **{"target": 1.0} | mistake)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.real
+@pytest.mark.timeout(120)
+def test_the_example_averages_a_tensor_among_processes_without_the_swarm(tmp_path):
+    command = [sys.executable, "-m", EXAMPLE, str(tmp_path / "found"), "3"]
+    processes = [
+        subprocess.Popen([*command, value], stdout=subprocess.PIPE, text=True) for value in ("1", "2", "6")
+    ]
+    try:
+        said = [process.communicate(timeout=90)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all("became 3.0000 with 3 members" in text for text in said), said
+    loads = f"import sys, {EXAMPLE}; assert not [name for name in sys.modules if name.startswith('swarm')]"
+    subprocess.run([sys.executable, "-c", loads], check=True)

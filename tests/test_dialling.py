@@ -120,7 +120,7 @@ def test_a_process_that_does_not_serve_yet_may_be_alive():
 
 
 def test_a_dialer_that_says_nothing_is_hung_up_on(monkeypatch):
-    monkeypatch.setattr("swarm.hivemind_network.FIRST_FRAME_S", 1.0)
+    monkeypatch.setattr("averaging.hivemind_network.FIRST_FRAME_S", 1.0)
 
     async def main():
         async with joined([]) as a, joined([]) as b:

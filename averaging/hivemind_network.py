@@ -1,7 +1,7 @@
 """The real network: hivemind's libp2p daemon behind the `Network` Protocol.
 
 Identities, encryption, relays and hole punching are the engine's; on each raw binary stream it opens we
-speak our own frames (`swarm.framing`). The listener speaks first: a greeting of six bytes (magic,
+speak our own frames (`averaging.framing`). The listener speaks first: a greeting of six bytes (magic,
 protocol version). The dialer reads it before it sends anything, so that on both ends nothing is left in
 the engine's reader when `FrameProtocol` takes the transport over.
 
@@ -26,12 +26,10 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
-from averaging.errors import LinkError
+from averaging.errors import LinkError, NoAnswerError, PortTakenError, UserError, VersionMismatchError
+from averaging.framing import FramedStream, FrameProtocol
 from averaging.memory_network import MemoryHub
-from averaging.network import Handler, PeerId, Stream
-from swarm import PROTOCOL_VERSION
-from swarm.errors import NoAnswerError, PortTakenError, UserError, VersionMismatchError
-from swarm.framing import FramedStream, FrameProtocol
+from averaging.network import PROTOCOL_VERSION, Handler, PeerId, Stream
 
 GREETING = struct.Struct("<4sH")
 MAGIC = b"SWRM"
@@ -149,7 +147,8 @@ class HivemindNetwork:
         try:
             magic, version = GREETING.unpack(await reader.readexactly(GREETING.size))
             if magic != MAGIC or version != PROTOCOL_VERSION:
-                raise VersionMismatchError(peer, version if magic == MAGIC else None)
+                theirs = version if magic == MAGIC else None
+                raise VersionMismatchError(peer, theirs=theirs, ours=PROTOCOL_VERSION)
             await self._note_path(peer)
         except BaseException:
             writer.transport.abort()
