@@ -124,7 +124,7 @@ def pieces(part: Slice, piece_values: int, align: int) -> list[Slice]:
         left = part.stop - start
         size = piece_values
         if left <= 2 * piece_values:
-            size = max(-(-left // (2 * align)) * align, SMALLEST_PIECE * align)
+            size = min(piece_values, max(-(-left // (2 * align)) * align, SMALLEST_PIECE * align))
         found.append(Slice(start, min(part.stop, start + size)))
         start = found[-1].stop
     return found

@@ -128,7 +128,7 @@ def test_slices_cover_the_vector_in_order_and_respect_blocks(seed):
     assert all(s.start % 512 == 0 or s.start == values for s in slices)
     for part, share in zip(slices, reducing, strict=True):
         assert abs(len(part) - values * share / sum(reducing)) <= 1024
-    assert all(len(p) <= 1000 for s in slices for p in pieces(s, 1000))
+    assert all(len(p) <= 1024 for s in slices for p in pieces(s, 1024, 512))
 
 
 def test_equal_slices_differ_by_a_block_at_most():
