@@ -143,7 +143,8 @@ def test_an_address_without_a_run_is_a_mismatch(tmp_path):
         async with joined([]) as here:
             join = ["--join", here.addresses[0], "--listen", "127.0.0.1"]
             nothing = await asyncio.to_thread(command, BIN / "swarm-peer", *join)
-            newer = pack_manifest("name: x\n").replace(f'"protocol": {PROTOCOL_VERSION}'.encode(), b'"protocol": 999')
+            ours = f'"protocol": {PROTOCOL_VERSION}'.encode()
+            newer = pack_manifest("name: x\n").replace(ours, b'"protocol": 999')
             await here.directory.publish_manifest(newer)
             other = await asyncio.to_thread(command, BIN / "swarm-peer", *join)
             return nothing, other
