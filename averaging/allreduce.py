@@ -114,7 +114,7 @@ class OpenRound:
     def __init__(self, owner: ButterflyAllReduce, round_: Round, means: Means) -> None:
         self._owner, self._round, self._means = owner, round_, means
         self._me, self._silence_s = owner.network.peer_id, owner.rules.silence_s
-        work = round_.work.get(self._me, Work())
+        self._work = work = round_.work.get(self._me, Work())
         if round_.feed_back:
             self._feedback, of_means = owner.feedback.of(means.vector.numel(), work.pieces)
         else:
@@ -136,15 +136,15 @@ class OpenRound:
 
         Returns when there is nothing more to wait for; the means that are here lie in `means`.
         """
-        reduction, work = self._reduction, self._round.work.get(self._me, Work())
+        reduction, work = self._reduction, self._work
         reduction.hold(self._means)
         weight = weight if self._speaks else 0.0
         self._begun.set_result((vector, weight))
         reduction.begin(self._me, weight)
         if weight > 0:
-            for index, part in enumerate(work.pieces[len(work.passed) :], len(work.passed)):
+            for index, part in enumerate(work.reduced, len(work.passed)):
                 reduction.add(self._me, index, vector[part.start : part.stop])
-        own = asyncio.create_task(self._take_own(work))
+        own = asyncio.create_task(self._take_own())
         try:
             await asyncio.gather(own, *self._exchanges)
         finally:
@@ -205,29 +205,27 @@ class OpenRound:
         vector, weight = await asyncio.shield(self._begun)
         await self._send(stream, RoundFrame(begin=weight).SerializeToString())
         work = self._round.work[stream.remote]
-        for index, part in enumerate(work.pieces) if weight > 0 else ():
-            if index >= len(work.passed):
-                header = RoundFrame(piece=Piece(index=index)).SerializeToString()
-                await self._send(stream, header, self._feedback.encode(vector[part.start : part.stop], part))
+        for index, part in enumerate(work.reduced, len(work.passed)) if weight > 0 else ():
+            header = RoundFrame(piece=Piece(index=index)).SerializeToString()
+            await self._send(stream, header, self._feedback.encode(vector[part.start : part.stop], part))
 
     async def _receive_means(self, stream: Stream) -> None:
         if not self._receives:
             return
         work = self._round.work[stream.remote]
         for index, part in enumerate(work.pieces):
-            frame, payload = await self._receive(stream)
-            if frame.piece.index != index or not frame.HasField("piece"):
-                raise ProtocolError(stream.remote, f"sent something else than piece {index}")
-            if not 0 <= frame.piece.weight <= self._round.most_weight * len(self._round.members):
-                raise ProtocolError(stream.remote, f"sent a mean of weight {frame.piece.weight:g}")
+            weight, payload = await self._receive_piece(stream, index)
+            if not 0 <= weight <= self._round.most_weight * len(self._round.members):
+                raise ProtocolError(stream.remote, f"sent a mean of weight {weight:g}")
             codec = HELD if index < len(work.passed) else self._owner.mean_codec
             decode(codec, stream.remote, payload, (len(part),), self._means.room(part))
-            self._means.note(part, frame.piece.weight)
+            self._means.note(part, weight)
             self._held[stream.remote] = index + 1
 
     # what I reduce
 
-    async def _take_own(self, work: Work) -> None:
+    async def _take_own(self) -> None:
+        work = self._work
         for index, (mean, part) in enumerate(zip(self._reduction.means, work.pieces, strict=True)):
             try:
                 frame = await asyncio.shield(mean)
@@ -264,11 +262,9 @@ class OpenRound:
         if frame.WhichOneof("content") != "begin":
             raise ProtocolError(stream.remote, "sends parts without a weight")
         self._reduction.begin(stream.remote, frame.begin)
-        work = self._round.work.get(self._me, Work())
+        work = self._work
         for index in range(len(work.passed), len(work.pieces)) if frame.begin > 0 else ():
-            frame, payload = await self._receive(stream)
-            if frame.piece.index != index or not frame.HasField("piece"):
-                raise ProtocolError(stream.remote, f"sent something else than part {index}")
+            _, payload = await self._receive_piece(stream, index)
             self._reduction.add(stream.remote, index, payload)
 
     async def _send_means(self, stream: Stream) -> None:
@@ -288,6 +284,13 @@ class OpenRound:
         finally:
             uplink.end(sent, time_s())
         self.sent_bytes += sent
+
+    async def _receive_piece(self, stream: Stream, index: int) -> tuple[float, Buffer]:
+        """The next frame, which must be that piece: its weight and its payload."""
+        frame, payload = await self._receive(stream)
+        if frame.piece.index != index or not frame.HasField("piece"):
+            raise ProtocolError(stream.remote, f"sent something else than piece {index}")
+        return frame.piece.weight, payload
 
     async def _receive(self, stream: Stream) -> tuple[RoundFrame, Buffer]:
         """The next frame that is not a sign of life. Raises LinkError after a silence."""

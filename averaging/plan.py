@@ -177,7 +177,7 @@ def check_plan(plan: Plan, *, me: PeerId, step: int, mine: Report, roster: Colle
         return f"the plan closes step {plan.step}, this is step {step}"
     if not 0 < plan.values <= MAX_VALUES or mine.values not in (0, plan.values):
         return f"it averages {plan.values} values, this peer has {mine.values}"
-    if len(plan.members) > MAX_MEMBERS or len({member.peer for member in plan.members}) < len(plan.members):
+    if len(plan.by_peer) < len(plan.members):
         return "it is malformed"
     if any(not 0 < member.bandwidth < math.inf for member in plan.members):
         return "it names a bandwidth that is not positive"

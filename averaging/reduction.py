@@ -70,7 +70,6 @@ class Reduction:
         self.means: list[asyncio.Future[Frame]] = [loop.create_future() for _ in self._pieces]
         self.lost: dict[PeerId, str] = {}  # members that are waited for no longer, and why
         self.used: set[PeerId] = set()  # members of whom something is in a mean
-        self._failed = ""
 
     def begin(self, peer: PeerId, weight: float) -> None:
         """Parts of this weight follow. Raises ProtocolError."""

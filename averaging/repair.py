@@ -15,6 +15,7 @@ Pure. Source: in Moshpit SGD, arXiv:2103.03239, groups go on with who is left; r
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from averaging.grid import Group
 from averaging.network import PeerId
 from averaging.plan import Plan, StepRules
 from averaging.round import Done, Round, Work, first_round
@@ -27,26 +28,31 @@ MAX_ATTEMPTS = 5
 class _Line:
     """One group in one dimension."""
 
-    dimension: int
-    round: Round  # the present attempt
-    own: frozenset[PeerId]  # who sits there; others only stand in for somebody
+    group: Group  # who sits there; others only stand in for somebody
+    round: Round | None = None  # the present attempt, if it is not the first
     done: dict[PeerId, Done] = field(default_factory=dict)
+
+    @property
+    def members(self) -> tuple[PeerId, ...]:
+        return self.group.members if self.round is None else self.round.members
+
+    @property
+    def attempt(self) -> int:
+        return 0 if self.round is None else self.round.attempt
 
 
 class Holdings:
     """Follows one plan to its end: `take` and `lose` say what happened, and return the rounds to repeat."""
 
     def __init__(self, plan: Plan, rules: StepRules) -> None:
-        self._plan, self._grid = plan, plan.grid
+        self._plan, self._grid, self._rules = plan, plan.grid, rules
         self._modes = {member.peer: member.mode for member in plan.members}
         self._alive = dict.fromkeys(self._modes)  # in the plan's order
         self._lines: dict[int, _Line] = {}
         self._of: dict[PeerId, list[_Line]] = {peer: [] for peer in self._modes}  # own lines, by dimension
         for dimension in range(self._grid.dimensions):
             for group in self._grid.groups(dimension):
-                round_ = first_round(plan, group.members[0], dimension, rules=rules)
-                line = _Line(dimension, round_, frozenset(group.members))
-                self._lines[group.line] = line
+                line = self._lines[group.line] = _Line(group)
                 for peer in group.members:
                     self._of[peer].append(line)
         self._unused_by: dict[PeerId, frozenset[PeerId]] = {}  # in the first attempt at the first round
@@ -77,7 +83,7 @@ class Holdings:
         """Lost members of whose vector nothing is in the mean, as far as the living can tell."""
         found = set()
         for peer in self._modes.keys() - self._alive.keys():
-            witnesses = [p for p in self._of[peer][0].own if p in self._alive]
+            witnesses = [p for p in self._of[peer][0].group.members if p in self._alive]
             if witnesses and all(peer in self._unused_by.get(p, ()) for p in witnesses):
                 found.add(peer)
         return found
@@ -85,12 +91,12 @@ class Holdings:
     def take(self, peer: PeerId, done: Done) -> list[Round]:
         """A member has come to the end of an attempt."""
         line = self._lines.get(done.line)
-        if line is None or peer not in self._alive or peer not in line.round.members:
+        if line is None or peer not in self._alive or peer not in line.members:
             return []
-        if done.attempt != line.round.attempt:
+        if done.attempt != line.attempt:
             return []
         line.done[peer] = done
-        if line.dimension == done.attempt == 0:
+        if line.group.dimension == done.attempt == 0:
             self._unused_by[peer] = done.unused
         return self._repeat([line])
 
@@ -101,14 +107,14 @@ class Holdings:
         del self._alive[peer]
         if self._plan.strict:
             self.failed = f"lost {peer[-8:]}"
-        return self._repeat(line for line in self._lines.values() if peer in line.round.members)
+        return self._repeat(line for line in self._lines.values() if peer in line.members)
 
     def _repeat(self, lines: Iterable[_Line]) -> list[Round]:
         rounds = [self._again(line) for line in lines if self._is_stuck(line)]
         return [round_ for round_ in rounds if round_ is not None and not self.failed]
 
     def _living(self, line: _Line) -> list[PeerId]:
-        return [peer for peer in line.round.members if peer in self._alive]
+        return [peer for peer in line.members if peer in self._alive]
 
     def _is_stuck(self, line: _Line) -> bool:
         """Has everybody come to the end, and somebody without the whole mean?"""
@@ -119,15 +125,17 @@ class Holdings:
 
     def _again(self, line: _Line) -> Round | None:
         """The next attempt; None if there cannot be one."""
-        before, living = line.round, self._living(line)
-        if self._plan.strict or before.attempt == MAX_ATTEMPTS:
-            self.failed = f"a round lost somebody, after {before.attempt} repairs"
+        if self._plan.strict or line.attempt == MAX_ATTEMPTS:
+            self.failed = f"a round lost somebody, after {line.attempt} repairs"
             return None
-        reducers, speakers = self._sound(line, living), self._speakers(line)
+        group, living = line.group, self._living(line)
+        first = group.members[0]
+        before = line.round or first_round(self._plan, first, group.dimension, rules=self._rules)
+        reducers, speakers = self._sound(line, living), self._speakers(before, group.dimension)
         if speakers is None or not reducers:
             self.failed = "nobody is left to speak for a group, or to reduce"
             return None
-        work = self._deal(line, living, reducers)
+        work = self._deal(line, before, reducers)
         plan, number, attempt = before.name
         # In the old order, deputies in the seats of the lost: elsewhere the same values are summed in it.
         seated = [speakers.get(p, p) for p in before.members if p in speakers or p in living]
@@ -144,45 +152,47 @@ class Holdings:
 
     def _sound(self, line: _Line, living: list[PeerId]) -> list[PeerId]:
         """Those who can reduce; if possible, those between whom and the living nothing was lost."""
-        able = [peer for peer in living if peer in line.own and self._modes[peer] is not Mode.CLIENT]
+        able = [
+            peer for peer in living if peer in line.group.members and self._modes[peer] is not Mode.CLIENT
+        ]
         complaints = [(p, q) for p in living for q in line.done[p].lost if q in self._alive]
         troubled = {peer for pair in complaints for peer in pair}
         return [peer for peer in able if peer not in troubled] or able
 
-    def _speakers(self, line: _Line) -> dict[PeerId, PeerId] | None:
+    def _speakers(self, before: Round, dimension: int) -> dict[PeerId, PeerId] | None:
         """Who speaks for every speaker so far: itself, or a deputy if it was lost. None if one has none.
 
         In the first dimension nobody can: what a lost member has not sent is lost.
         """
         speakers: dict[PeerId, PeerId] = {}
-        for peer in line.round.members:
-            if peer not in line.round.speakers:
+        for peer in before.members:
+            if peer not in before.speakers:
                 continue
             if peer in self._alive:
                 speakers[peer] = peer
-            elif line.dimension:
-                same = self._grid.group_of(peer, line.dimension - 1).members  # they hold the same value
+            elif dimension:
+                same = self._grid.group_of(peer, dimension - 1).members  # they hold the same value
                 able = [p for p in same if p in self._alive and self._modes[p] is not Mode.AUXILIARY]
-                inside = [p for p in able if p in line.round.members]
+                inside = [p for p in able if p in before.members]
                 if not able:
                     return None
                 speakers[peer] = (inside or able)[0]
         return speakers
 
-    def _deal(self, line: _Line, living: list[PeerId], reducers: list[PeerId]) -> Mapping[PeerId, Work]:
+    def _deal(self, line: _Line, before: Round, reducers: list[PeerId]) -> Mapping[PeerId, Work]:
         """Pieces that somebody holds to whoever passes them on, all other missing ones over the reducers."""
-        wanting = [p for p in living if p in line.own and self._modes[p] is not Mode.AUXILIARY]
+        wanting = [p for p in self._living(line) if p in before.receivers]
         passed: dict[PeerId, list[Slice]] = {}
         lost: list[Slice] = []
         for reducer in sorted({r for peer in wanting for r in line.done[peer].missing}):
-            pieces = line.round.work[reducer].pieces
+            pieces = before.work[reducer].pieces
             held = {p: self._held(p, reducer, line, len(pieces)) for p in {*wanting, *reducers}}
             holder = max(reducers, key=lambda peer: held[peer])
             passed.setdefault(holder, []).extend(pieces[min(held[p] for p in wanting) : held[holder]])
             lost += pieces[held[holder] :]
         reduced: dict[PeerId, list[Slice]] = {}
         for number, piece in enumerate(lost):
-            reduced.setdefault(reducers[(number + line.round.attempt) % len(reducers)], []).append(piece)
+            reduced.setdefault(reducers[(number + before.attempt) % len(reducers)], []).append(piece)
         every = {peer: Work(tuple(reduced.get(peer, ())), tuple(passed.get(peer, ()))) for peer in reducers}
         return {peer: work for peer, work in every.items() if work.pieces}
 

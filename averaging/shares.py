@@ -108,11 +108,6 @@ def cut(values: int, reducing: Sequence[float], align: int) -> list[Slice]:
     return [Slice(a, b) for a, b in pairwise(edges)]
 
 
-def equal_slices(values: int, members: int, align: int) -> list[Slice]:
-    """Cut `values` into one slice per member, each a multiple of `align` but the last non-empty one."""
-    return cut(values, [1.0] * members, align)
-
-
 def pieces(part: Slice, piece_values: int, align: int) -> list[Slice]:
     """Cut one slice into pieces that travel and are reduced one by one, at multiples of `align`.
 

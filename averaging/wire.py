@@ -122,12 +122,17 @@ def repair_of(message: pb.Repair, plan: Plan, rules: StepRules) -> Round:
     before = first_round(plan, plan.grid.cells[cell][0], dimension, rules=rules)
     if before.line != message.line:
         raise ProtocolError(sender, "malformed repair of a round")
+    dealt = [piece for each in message.work for piece in (*_slices(each.reduced), *_slices(each.passed))]
+    known = {piece for work in before.work.values() for piece in work.pieces}  # they are never cut anew
+    odd = any(len(ends) % 2 for each in message.work for ends in (each.reduced, each.passed))
+    if odd or not known.issuperset(dealt) or len(set(dealt)) < len(dealt):
+        raise ProtocolError(sender, "malformed pieces in the repair of a round")
     return replace(
         before,
         name=(plan.key, message.line, message.attempt),
         members=members,
         speakers=frozenset(message.speakers),
-        work={each.peer: _work(each, plan, rules) for each in message.work},
+        work={each.peer: Work(_slices(each.reduced), _slices(each.passed)) for each in message.work},
         feed_back=False,
     )
 
@@ -136,14 +141,5 @@ def _ends(pieces: Iterable[Slice]) -> list[int]:
     return [end for piece in pieces for end in (piece.start, piece.stop)]
 
 
-def _work(message: pb.RoundWork, plan: Plan, rules: StepRules) -> Work:
-    return Work(_slices(message.reduced, plan, rules), _slices(message.passed, plan, rules))
-
-
-def _slices(ends: Sequence[int], plan: Plan, rules: StepRules) -> tuple[Slice, ...]:
-    pieces = tuple(Slice(start, stop) for start, stop in zip(ends[::2], ends[1::2], strict=False))
-    most = plan.values // rules.piece_values + len(plan.members) + 1
-    wrong = any(not 0 <= p.start < p.stop <= plan.values or len(p) > rules.piece_values for p in pieces)
-    if wrong or len(ends) % 2 or len(pieces) > most:
-        raise ProtocolError(plan.coordinator, "malformed pieces in the repair of a round")
-    return pieces
+def _slices(ends: Sequence[int]) -> tuple[Slice, ...]:
+    return tuple(Slice(start, stop) for start, stop in zip(ends[::2], ends[1::2], strict=False))

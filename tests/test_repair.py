@@ -6,10 +6,13 @@ import random
 import pytest
 import torch
 
-from averaging import virtual_time
+from averaging import virtual_time, wire
 from averaging.averager import Averager
-from averaging.errors import BehindError
+from averaging.errors import BehindError, ProtocolError
 from averaging.memory_network import Link, MemoryHub
+from averaging.plan import Report, StepRules, make_plan
+from averaging.repair import Holdings
+from averaging.round import Done, first_round
 
 VALUES, STEPS, RATE = 300_000, 4, 2e6  # a round takes about 1.3 s
 
@@ -113,6 +116,27 @@ def holds(seed: int, **what) -> Schedule:
         lines = "\n".join(schedule.log[-60:])
         raise AssertionError(f"seed {seed} of {what} failed: {error!r}\n{lines}") from error
     return schedule
+
+
+@pytest.mark.parametrize("values", [1, 20_000, 600_000, 4_000_000])
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_a_repair_arrives_as_it_was_decided_and_only_with_pieces_of_the_plan(size, values):
+    names, rules = [f"p{i}" for i in range(size)], StepRules(target=1, max_weight=10, codec="int8")
+    reports = {name: Report(1.0, bytes(8), values) for name in names}
+    plan = make_plan(step=0, coordinator="p0", reports=reports, nonce=b"n", rules=rules)
+    holdings, first = Holdings(plan, rules), first_round(plan, "p0", 0, rules=rules)
+    lost = next(iter(first.work))
+    repairs = holdings.lose(lost)
+    for name in names:
+        repairs += holdings.take(name, Done(0, 0, missing={lost: 0}))
+    (repair,) = repairs
+    message = wire.repair_message(repair)
+    assert wire.repair_of(message, plan, rules) == repair
+    for wrong in ([0, values + 512], [0, 1, 2], list(message.work[0].reduced) * 2):
+        changed = type(message).FromString(message.SerializeToString())
+        changed.work[0].reduced[:] = wrong
+        with pytest.raises(ProtocolError):
+            wire.repair_of(changed, plan, rules)
 
 
 @pytest.mark.parametrize("size,group_size", [(2, 16), (4, 16), (7, 16), (9, 3), (13, 4), (8, 2)])

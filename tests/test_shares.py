@@ -8,7 +8,7 @@ import sys
 import pytest
 from scipy.optimize import linprog
 
-from averaging.shares import Mode, cut, equal_slices, pieces, shares
+from averaging.shares import Mode, cut, pieces, shares
 
 
 def cost(share, mode, senders):
@@ -132,5 +132,5 @@ def test_slices_cover_the_vector_in_order_and_respect_blocks(seed):
 
 
 def test_equal_slices_differ_by_a_block_at_most():
-    sizes = [len(s) for s in equal_slices(512 * 103, 10, 512)]
+    sizes = [len(s) for s in cut(512 * 103, [1.0] * 10, 512)]
     assert sum(sizes) == 512 * 103 and max(sizes) - min(sizes) <= 512
