@@ -20,13 +20,13 @@ from google.protobuf.message import DecodeError
 
 from averaging.averaging_pb2 import Piece, RoundFrame, RoundGreeting
 from averaging.bandwidth import UplinkMeter
-from averaging.codecs import CODECS
 from averaging.errors import AveragingError, LinkError, ProtocolError, RoundAbandonedError
 from averaging.feedback import Feedback
 from averaging.network import Buffer, Network, PeerId, Stream, kept_alive
 from averaging.plan import StepRules
 from averaging.reduction import HELD, Means, Reduction, decode
 from averaging.round import Done, Round, RoundName, Work
+from averaging.shares import Slice
 
 SERVICE = "reduce"
 FRAME_BYTES = 12  # of every frame, beside header and payload
@@ -40,9 +40,8 @@ class ButterflyAllReduce:
 
     def __init__(self, network: Network, *, rules: StepRules, uplink: UplinkMeter | None = None) -> None:
         self.network, self.rules = network, rules
-        self.codec, self.mean_codec = CODECS[rules.codec], CODECS[rules.mean_codec or rules.codec]
         self.max_payload_bytes = HELD.size_bytes(rules.piece_values)
-        self.feedback, self.uplink = Feedback(self.codec, self.mean_codec), uplink or UplinkMeter()
+        self.feedback, self.uplink = Feedback(), uplink or UplinkMeter()
         self._rounds: dict[RoundName, asyncio.Future[OpenRound]] = {}
         self._waiting: Counter[PeerId] = Counter()  # greetings of rounds that this peer has no plan of
 
@@ -115,11 +114,8 @@ class OpenRound:
         self._owner, self._round, self._means = owner, round_, means
         self._me, self._silence_s = owner.network.peer_id, owner.rules.silence_s
         self._work = work = round_.work.get(self._me, Work())
-        if round_.feed_back:
-            self._feedback, of_means = owner.feedback.of(means.vector.numel(), work.pieces)
-        else:
-            self._feedback, of_means = owner.feedback.none()
-        self._reduction = Reduction(round_, work, owner.codec, of_means.encode)
+        self._residual = owner.feedback.of(round_)
+        self._reduction = Reduction(round_, work, self._residual)
         self._begun: asyncio.Future[tuple[torch.Tensor, float]] = asyncio.get_running_loop().create_future()
         self._held: dict[PeerId, int] = dict.fromkeys(round_.work, 0)
         self._lost: dict[PeerId, str] = {}  # reducers
@@ -143,7 +139,7 @@ class OpenRound:
         reduction.begin(self._me, weight)
         if weight > 0:
             for index, part in enumerate(work.reduced, len(work.passed)):
-                reduction.add(self._me, index, vector[part.start : part.stop])
+                reduction.add(self._me, index, self._own(vector, part))
         own = asyncio.create_task(self._take_own())
         try:
             await asyncio.gather(own, *self._exchanges)
@@ -207,7 +203,8 @@ class OpenRound:
         work = self._round.work[stream.remote]
         for index, part in enumerate(work.reduced, len(work.passed)) if weight > 0 else ():
             header = RoundFrame(piece=Piece(index=index)).SerializeToString()
-            await self._send(stream, header, self._feedback.encode(vector[part.start : part.stop], part))
+            values, codec = vector[part.start : part.stop], self._round.codec_of(part)
+            await self._send(stream, header, self._residual.encode(codec, values, part, weight))
 
     async def _receive_means(self, stream: Stream) -> None:
         if not self._receives:
@@ -217,12 +214,19 @@ class OpenRound:
             weight, payload = await self._receive_piece(stream, index)
             if not 0 <= weight <= self._round.most_weight * len(self._round.members):
                 raise ProtocolError(stream.remote, f"sent a mean of weight {weight:g}")
-            codec = HELD if index < len(work.passed) else self._owner.mean_codec
+            codec = HELD if index < len(work.passed) else self._round.mean_codec_of(part)
             decode(codec, stream.remote, payload, (len(part),), self._means.room(part))
             self._means.note(part, weight)
             self._held[stream.remote] = index + 1
 
     # what I reduce
+
+    def _own(self, vector: torch.Tensor, part: Slice) -> torch.Tensor:
+        """My part of what I reduce: where other lines sum the same values, as if it had travelled."""
+        values, codec = vector[part.start : part.stop], self._round.codec_of(part)
+        if self._round.feed_back or codec is HELD:
+            return values
+        return codec.decode(codec.encode(values), (len(part),))
 
     async def _take_own(self) -> None:
         work = self._work
@@ -232,7 +236,7 @@ class OpenRound:
             except RoundAbandonedError:
                 return
             if index >= len(work.passed):
-                self._owner.mean_codec.decode(frame.payload, (len(part),), self._means.room(part))
+                self._round.mean_codec_of(part).decode(frame.payload, (len(part),), self._means.room(part))
                 self._means.note(part, RoundFrame.FromString(frame.header).piece.weight)
             self._held[self._me] = index + 1
 

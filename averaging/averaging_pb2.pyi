@@ -34,21 +34,29 @@ class RoundFrame(_message.Message):
     piece: Piece
     def __init__(self, alive: _Optional[bool] = ..., begin: _Optional[float] = ..., piece: _Optional[_Union[Piece, _Mapping]] = ...) -> None: ...
 
+class Pass(_message.Message):
+    __slots__ = ("values", "fine")
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    FINE_FIELD_NUMBER: _ClassVar[int]
+    values: int
+    fine: int
+    def __init__(self, values: _Optional[int] = ..., fine: _Optional[int] = ...) -> None: ...
+
 class StepReport(_message.Message):
-    __slots__ = ("step", "weight", "state_hash", "values", "bandwidth", "mode")
+    __slots__ = ("step", "weight", "state_hash", "passes", "bandwidth", "mode")
     STEP_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     STATE_HASH_FIELD_NUMBER: _ClassVar[int]
-    VALUES_FIELD_NUMBER: _ClassVar[int]
+    PASSES_FIELD_NUMBER: _ClassVar[int]
     BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     step: int
     weight: float
     state_hash: bytes
-    values: int
+    passes: _containers.RepeatedCompositeFieldContainer[Pass]
     bandwidth: float
     mode: int
-    def __init__(self, step: _Optional[int] = ..., weight: _Optional[float] = ..., state_hash: _Optional[bytes] = ..., values: _Optional[int] = ..., bandwidth: _Optional[float] = ..., mode: _Optional[int] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., weight: _Optional[float] = ..., state_hash: _Optional[bytes] = ..., passes: _Optional[_Iterable[_Union[Pass, _Mapping]]] = ..., bandwidth: _Optional[float] = ..., mode: _Optional[int] = ...) -> None: ...
 
 class Frozen(_message.Message):
     __slots__ = ("ids",)
@@ -105,16 +113,16 @@ class PlanMember(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., weight: _Optional[float] = ..., bandwidth: _Optional[float] = ..., mode: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("key", "step", "members", "values")
+    __slots__ = ("key", "step", "members", "passes")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
-    VALUES_FIELD_NUMBER: _ClassVar[int]
+    PASSES_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     step: int
     members: _containers.RepeatedCompositeFieldContainer[PlanMember]
-    values: int
-    def __init__(self, key: _Optional[bytes] = ..., step: _Optional[int] = ..., members: _Optional[_Iterable[_Union[PlanMember, _Mapping]]] = ..., values: _Optional[int] = ...) -> None: ...
+    passes: _containers.RepeatedCompositeFieldContainer[Pass]
+    def __init__(self, key: _Optional[bytes] = ..., step: _Optional[int] = ..., members: _Optional[_Iterable[_Union[PlanMember, _Mapping]]] = ..., passes: _Optional[_Iterable[_Union[Pass, _Mapping]]] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("commit", "ids", "duplicate", "left_out")

@@ -225,12 +225,12 @@ def _check_length(codec: Codec, data: Buffer, shape: tuple[int, ...]) -> None:
         raise CodecError(f"{codec.name} tensor of shape {shape} takes {expected} bytes, got {len(data)}")
 
 
-INT8 = _Int8()
+FLOAT16, INT8 = _Cast("float16", 2, torch.float16), _Int8()
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         _Cast("float32", 1, torch.float32),
-        _Cast("float16", 2, torch.float16),
+        FLOAT16,
         _Cast("bfloat16", 3, torch.bfloat16),
         INT8,
         _Int4(),

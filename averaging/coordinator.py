@@ -205,9 +205,9 @@ class Coordinator:
         report = report_of(said, peer)
         if said.step != ballot.step or report.weight > self._rules.max_weight:
             raise ProtocolError(peer, f"report of weight {said.weight} for step {said.step}")
-        sizes = {other.values for other in ballot.reports.values()} - {0}
-        if report.values and sizes - {report.values}:
-            raise ProtocolError(peer, f"brings {report.values} values, the others {sizes}")
+        brought = {other.passes for other in ballot.reports.values()} - {()}
+        if report.passes and brought - {report.passes}:
+            raise ProtocolError(peer, f"brings {report.passes}, the others {brought}")
         return report
 
     def _repeat(self, ballot: Ballot, rounds: Collection[Round]) -> None:

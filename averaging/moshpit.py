@@ -1,7 +1,7 @@
 """Moshpit all-reduce: the rounds of a plan, one group after the other.
 
     meet the groups of all rounds at once: the lines of the plan's grid that this peer sits on
-    for every dimension of the grid:
+    for every dimension of the grid, and every pass that goes through all of them:
         all-reduce the vector within the line, weighted; of those who hold the same value one speaks
         say what is missing; if anything is, wait until a repair has brought it
         go on with the group's mean and the group's weight
@@ -14,7 +14,7 @@ I/O through `ButterflyAllReduce`. Source: Moshpit SGD, arXiv:2103.03239, algorit
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -28,15 +28,26 @@ from averaging.shares import Mode
 
 
 @dataclass(frozen=True, slots=True)
+class Contribution:
+    """What one member brings to the mean."""
+
+    vector: torch.Tensor  # [values] float32 of the first pass
+    weight: float
+    ids: Collection[bytes] = ()  # 16 bytes each; no id may be in one mean twice
+    then: Callable[[torch.Tensor], Awaitable[torch.Tensor]] | None = None  # what it brings to the next pass,
+    # from the mean of the one before
+
+
+@dataclass(frozen=True, slots=True)
 class Averaged:
-    vector: torch.Tensor  # [values] float32, bit-identical on all members
+    vector: torch.Tensor  # [values] float32 of the last pass, bit-identical on all members
     weight: float  # of all that is in it
     sent_bytes: int
 
 
 @dataclass(slots=True)
 class _Line:
-    """This peer's group in one dimension."""
+    """This peer's group in one round."""
 
     number: int
     means: Means
@@ -61,23 +72,26 @@ class Rounds:
         Raises RoundAbandonedError for a plan that was carried out before.
         """
         self._all_reduce, self._say = all_reduce, say
-        self._cells = len(plan.grid.cells)
+        self._cells, self._dimensions = len(plan.grid.cells), plan.grid.dimensions
         self._receives = plan.by_peer[me].mode is not Mode.AUXILIARY
         self._repairs: set[asyncio.Task[None]] = set()
-        self._lines: list[_Line] = []  # by dimension
-        for dimension in range(plan.grid.dimensions):
-            round_ = first_round(plan, me, dimension, rules=all_reduce.rules)
-            means = Means(plan.values)
+        self._lines: list[_Line] = []  # by round
+        for number in range(plan.rounds):
+            round_ = first_round(plan, me, number, rules=all_reduce.rules)
+            means = Means(round_.values)
             opened = [all_reduce.meet(round_, means)] if len(round_.members) > 1 else []
             brought = asyncio.get_running_loop().create_future()
             self._lines.append(_Line(round_.line, means, opened, brought))
 
-    async def average(self, vector: torch.Tensor, weight: float) -> Averaged:
-        """Average `vector` ([values] float32) with the members of the plan.
+    async def average(self, mine: Contribution) -> Averaged:
+        """Average what this member brings with the others of the plan.
 
         Returns with the whole mean; if that never comes, whoever carries out the plan cancels this.
         """
-        for line in self._lines:
+        vector, weight = mine.vector, mine.weight
+        for number, line in enumerate(self._lines):
+            if number and number % self._dimensions == 0 and mine.then is not None:
+                vector, weight = await mine.then(vector), mine.weight
             line.brought.set_result((vector, weight))
             if line.opened:
                 await self._attempt(line, line.opened[0])

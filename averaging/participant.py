@@ -19,7 +19,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -36,9 +36,9 @@ from averaging.errors import (
     ProtocolError,
     RoundAbandonedError,
 )
-from averaging.moshpit import Averaged, Rounds
+from averaging.moshpit import Averaged, Contribution, Rounds
 from averaging.network import Network, PeerId, Stream, kept_alive
-from averaging.plan import Plan, Report, StepRules, check_plan, coordinator_order, has_quorum
+from averaging.plan import Pass, Plan, Report, StepRules, check_plan, coordinator_order, has_quorum
 from averaging.round import Done
 from averaging.shares import Mode
 from averaging.wire import done_message, plan_of, repair_of, report_message
@@ -49,20 +49,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Contribution:
-    """What one member brings to the mean."""
-
-    vector: torch.Tensor  # [values] float32
-    weight: float
-    ids: Collection[bytes] = ()  # 16 bytes each; no id may be in one mean twice
-
-
-@dataclass(frozen=True, slots=True)
 class Mean:
     """A closed step."""
 
     plan: Plan
-    vector: torch.Tensor  # [values] float32, bit-identical on all members
+    vector: torch.Tensor  # [values] float32 of the last pass, bit-identical on all members
     members: tuple[PeerId, ...]  # whose contributions are in it
     ids: tuple[bytes, ...]  # of those contributions
     sent_bytes: int
@@ -79,8 +70,8 @@ class Contributor(Protocol):
     def weight(self) -> float: ...
 
     @property
-    def values(self) -> int:
-        """Of its vector."""
+    def passes(self) -> tuple[Pass, ...]:
+        """Sizes of what it brings."""
         ...
 
     async def prepare(self) -> None:
@@ -285,7 +276,7 @@ class Participant:
 
     def _report(self, contributor: Contributor) -> Report:
         bandwidth = self._all_reduce.uplink.reported
-        return Report(contributor.weight, contributor.state_hash, contributor.values, bandwidth, self._mode)
+        return Report(contributor.weight, contributor.state_hash, contributor.passes, bandwidth, self._mode)
 
     async def _keep_reporting(self, stream: Stream, step: int, contributor: Contributor) -> None:
         while True:
@@ -346,7 +337,7 @@ class Participant:
             return await asyncio.get_running_loop().create_future()  # until the verdict
         log.debug("step %d: averaging with %d members", plan.step, len(plan.members))
         await _say(stream, pb.FromMember(frozen=pb.Frozen(ids=mine.ids)))
-        return await rounds.average(mine.vector, min(self._rules.max_weight, mine.weight))
+        return await rounds.average(replace(mine, weight=min(self._rules.max_weight, mine.weight)))
 
     async def _committed(self, under_way: _Plan, verdict: pb.Verdict | None) -> Committed | None:
         """What all members commit to, this one with them; None if the plan is abandoned."""

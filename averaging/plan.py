@@ -16,12 +16,12 @@ from functools import cached_property
 
 from averaging.bandwidth import levelled
 from averaging.codecs import CODECS
-from averaging.grid import Grid, seat
+from averaging.grid import Grid, Group, seat
 from averaging.network import PeerId
 from averaging.shares import Mode
 
 PIECE_BYTES, MAX_PIECE_VALUES = 1 << 20, 5 << 16  # more is faster, but takes memory (log, 2026-11-21)
-MAX_MEMBERS, MAX_VALUES = 4096, 1 << 36
+MAX_MEMBERS, MAX_PASSES, MAX_VALUES = 4096, 2, 1 << 36
 SILENCE = 0.6  # of `progress_s`: the rest is for what has to be done again
 
 
@@ -53,12 +53,20 @@ class StepRules:
 
 
 @dataclass(frozen=True, slots=True)
+class Pass:
+    """One vector that is averaged over the whole grid; what goes into the next may follow from its mean."""
+
+    values: int
+    fine: int = 0  # so many of the last values travel in float16 at least: small tensors, that cost little
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What a member has to average: `weight` (tokens), and the fingerprint of the state it starts from."""
 
     weight: float
     state_hash: bytes
-    values: int = 0  # of its vector; 0 for an auxiliary
+    passes: tuple[Pass, ...] = ()  # none for an auxiliary
     bandwidth: float = 0.0  # bytes per second; 0 if unknown
     mode: Mode = Mode.MEMBER
 
@@ -79,7 +87,7 @@ class Plan:
     step: int
     coordinator: PeerId
     members: tuple[Member, ...]
-    values: int  # of every vector
+    passes: tuple[Pass, ...]  # what every member that is no auxiliary brings
     group_size: int  # these two are the run's: no coordinator chooses them
     strict: bool = False
 
@@ -89,6 +97,15 @@ class Plan:
         helpers = [member.peer for member in self.members if member.mode is Mode.AUXILIARY]
         bringers = [member.peer for member in self.members if member.mode is not Mode.AUXILIARY]
         return seat(bringers, group_size=self.group_size, key=self.key, helpers=helpers)
+
+    @property
+    def rounds(self) -> int:
+        """Every pass goes through every dimension of the grid."""
+        return len(self.passes) * self.grid.dimensions
+
+    def line_of(self, number: int, group: Group) -> int:
+        """The number of a group's line among those of all rounds."""
+        return number // self.grid.dimensions * self.grid.dimensions * len(self.grid.cells) + group.line
 
     @property
     def weight(self) -> float:
@@ -167,16 +184,16 @@ def make_plan(
     digest = hashlib.sha256(nonce + struct.pack("<Q", step) + coordinator.encode())
     for member in members:
         digest.update(f"{member.peer}:{member.weight!r};".encode())
-    values = max(report.values for report in reports.values())
-    return Plan(digest.digest()[:16], step, coordinator, members, values, rules.group_size, rules.strict)
+    passes = max((report.passes for report in reports.values()), key=len)  # the same of all but auxiliaries
+    return Plan(digest.digest()[:16], step, coordinator, members, passes, rules.group_size, rules.strict)
 
 
 def check_plan(plan: Plan, *, me: PeerId, step: int, mine: Report, roster: Collection[PeerId]) -> str | None:
     """Why a member that has reported `mine` should refuse `plan`, or None if it is fine."""
     if plan.step != step:
         return f"the plan closes step {plan.step}, this is step {step}"
-    if not 0 < plan.values <= MAX_VALUES or mine.values not in (0, plan.values):
-        return f"it averages {plan.values} values, this peer has {mine.values}"
+    if not plan.passes or mine.passes not in ((), plan.passes):
+        return f"it averages {plan.passes}, this peer has {mine.passes}"
     if len(plan.by_peer) < len(plan.members):
         return "it is malformed"
     if any(not 0 < member.bandwidth < math.inf for member in plan.members):

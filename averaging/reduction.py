@@ -7,13 +7,13 @@ Threading: one event loop, whose futures hand the means to whoever waits for the
 """
 
 import asyncio
-from collections.abc import Callable
 
 import torch
 
 from averaging.averaging_pb2 import Piece, RoundFrame
 from averaging.codecs import CODECS, Codec
 from averaging.errors import CodecError, ProtocolError, RoundAbandonedError
+from averaging.feedback import Residual
 from averaging.network import Buffer, Frame, PeerId
 from averaging.reduce import weighted_mean
 from averaging.round import Round, Work
@@ -58,11 +58,9 @@ class Means:
 class Reduction:
     """Pieces that this peer reduces for its group, after those that it passes on."""
 
-    def __init__(
-        self, round_: Round, work: Work, codec: Codec, encode: Callable[[torch.Tensor, Slice], Buffer]
-    ) -> None:
+    def __init__(self, round_: Round, work: Work, residual: Residual) -> None:
         loop = asyncio.get_running_loop()
-        self._round, self._codec, self._encode = round_, codec, encode
+        self._round, self._residual = round_, residual
         self._pieces, self._passed = work.pieces, len(work.passed)
         self._speakers = [peer for peer in round_.members if peer in round_.speakers]
         self._weights: dict[PeerId, float] = {}
@@ -123,7 +121,8 @@ class Reduction:
         total = sum(self._weights[member] for member in inside)
         shares = ((self._weights[m] / total, self._values(m, arrived[m], part)) for m in inside)
         try:
-            payload = self._encode(weighted_mean(shares, len(part)), part)
+            mean_values, codec = weighted_mean(shares, len(part)), self._round.mean_codec_of(part)
+            payload = self._residual.encode(codec, mean_values, part, total)
         except ProtocolError as error:
             return self._drop(error.peer, str(error))
         self.used.update(inside)
@@ -142,7 +141,7 @@ class Reduction:
         assert part is not None
         if isinstance(part, torch.Tensor):
             return part
-        return decode(self._codec, sender, part, (len(piece),))
+        return decode(self._round.codec_of(piece), sender, part, (len(piece),))
 
 
 def _piece_header(index: int, weight: float) -> bytes:

@@ -26,8 +26,9 @@ MAX_ATTEMPTS = 5
 
 @dataclass(slots=True)
 class _Line:
-    """One group in one dimension."""
+    """One group in one round."""
 
+    number: int  # of the round
     group: Group  # who sits there; others only stand in for somebody
     round: Round | None = None  # the present attempt, if it is not the first
     done: dict[PeerId, Done] = field(default_factory=dict)
@@ -49,13 +50,13 @@ class Holdings:
         self._modes = {member.peer: member.mode for member in plan.members}
         self._alive = dict.fromkeys(self._modes)  # in the plan's order
         self._lines: dict[int, _Line] = {}
-        self._of: dict[PeerId, list[_Line]] = {peer: [] for peer in self._modes}  # own lines, by dimension
-        for dimension in range(self._grid.dimensions):
-            for group in self._grid.groups(dimension):
-                line = self._lines[group.line] = _Line(group)
+        self._of: dict[PeerId, list[_Line]] = {peer: [] for peer in self._modes}  # own lines, by round
+        for number in range(plan.rounds):
+            for group in self._grid.groups(number % self._grid.dimensions):
+                line = self._lines[plan.line_of(number, group)] = _Line(number, group)
                 for peer in group.members:
                     self._of[peer].append(line)
-        self._unused_by: dict[PeerId, frozenset[PeerId]] = {}  # in the first attempt at the first round
+        self._unused_by: dict[PeerId, frozenset[PeerId]] = {}  # after their first attempt at a pass
         self.failed = ""  # why the plan cannot be carried out
 
     @property
@@ -96,7 +97,7 @@ class Holdings:
         if done.attempt != line.attempt:
             return []
         line.done[peer] = done
-        if line.group.dimension == done.attempt == 0:
+        if line.group.dimension == done.attempt == 0:  # what counts is the last pass
             self._unused_by[peer] = done.unused
         return self._repeat([line])
 
@@ -130,7 +131,7 @@ class Holdings:
             return None
         group, living = line.group, self._living(line)
         first = group.members[0]
-        before = line.round or first_round(self._plan, first, group.dimension, rules=self._rules)
+        before = line.round or first_round(self._plan, first, line.number, rules=self._rules)
         reducers, speakers = self._sound(line, living), self._speakers(before, group.dimension)
         if speakers is None or not reducers:
             self.failed = "nobody is left to speak for a group, or to reduce"

@@ -10,7 +10,7 @@ from dataclasses import replace
 from averaging import averaging_pb2 as pb
 from averaging.errors import ProtocolError
 from averaging.network import PeerId
-from averaging.plan import MAX_MEMBERS, MAX_VALUES, Member, Plan, Report, StepRules
+from averaging.plan import MAX_MEMBERS, MAX_PASSES, MAX_VALUES, Member, Pass, Plan, Report, StepRules
 from averaging.round import Done, Round, Work, first_round
 from averaging.shares import Mode, Slice
 
@@ -23,7 +23,7 @@ def report_message(step: int, report: Report) -> pb.StepReport:
         step=step,
         weight=report.weight,
         state_hash=report.state_hash,
-        values=report.values,
+        passes=_pass_messages(report.passes),
         bandwidth=report.bandwidth,
         mode=MODES.index(report.mode),
     )
@@ -34,15 +34,25 @@ def report_of(message: pb.StepReport, sender: PeerId) -> Report:
     fine = (
         0 <= message.weight < math.inf
         and len(message.state_hash) == HASH_BYTES
-        and message.values <= MAX_VALUES
         and 0 <= message.bandwidth < math.inf
         and message.mode < len(MODES)
-        and (message.values > 0) != (MODES[message.mode] is Mode.AUXILIARY)
+        and bool(message.passes) != (MODES[message.mode] is Mode.AUXILIARY)
     )
     if not fine:
         raise ProtocolError(sender, f"report of weight {message.weight:g} for step {message.step}")
-    mode = MODES[message.mode]
-    return Report(message.weight, message.state_hash, message.values, message.bandwidth, mode)
+    passes, mode = _passes(message.passes, sender), MODES[message.mode]
+    return Report(message.weight, message.state_hash, passes, message.bandwidth, mode)
+
+
+def _pass_messages(passes: Iterable[Pass]) -> list[pb.Pass]:
+    return [pb.Pass(values=each.values, fine=each.fine) for each in passes]
+
+
+def _passes(messages: Sequence[pb.Pass], sender: PeerId) -> tuple[Pass, ...]:
+    fine = all(each.fine <= each.values and 0 < each.values <= MAX_VALUES for each in messages)
+    if not fine or len(messages) > MAX_PASSES:
+        raise ProtocolError(sender, "malformed sizes of what is averaged")
+    return tuple(Pass(each.values, each.fine) for each in messages)
 
 
 def plan_message(plan: Plan) -> pb.StepPlan:
@@ -50,7 +60,7 @@ def plan_message(plan: Plan) -> pb.StepPlan:
         pb.PlanMember(peer=m.peer, weight=m.weight, bandwidth=m.bandwidth, mode=MODES.index(m.mode))
         for m in plan.members
     ]
-    return pb.StepPlan(key=plan.key, step=plan.step, members=members, values=plan.values)
+    return pb.StepPlan(key=plan.key, step=plan.step, members=members, passes=_pass_messages(plan.passes))
 
 
 def plan_of(message: pb.StepPlan, coordinator: PeerId, rules: StepRules) -> Plan:
@@ -64,7 +74,7 @@ def plan_of(message: pb.StepPlan, coordinator: PeerId, rules: StepRules) -> Plan
         step=message.step,
         coordinator=coordinator,
         members=tuple(Member(m.peer, m.weight, m.bandwidth, MODES[m.mode]) for m in members),
-        values=message.values,
+        passes=_passes(message.passes, coordinator),
         group_size=rules.group_size,
         strict=rules.strict,
     )
@@ -111,15 +121,15 @@ def repair_of(message: pb.Repair, plan: Plan, rules: StepRules) -> Round:
     members, sender = tuple(message.members), plan.coordinator
     sound = (
         message.attempt > 0
-        and message.line < plan.grid.dimensions * len(plan.grid.cells)
+        and message.line < plan.rounds * len(plan.grid.cells)
         and len(set(members)) == len(members)
         and all(peer in plan for peer in members)
         and set(message.speakers) | {each.peer for each in message.work} <= set(members)
     )
     if not sound:
         raise ProtocolError(sender, "malformed repair of a round")
-    dimension, cell = divmod(message.line, len(plan.grid.cells))
-    before = first_round(plan, plan.grid.cells[cell][0], dimension, rules=rules)
+    number, cell = divmod(message.line, len(plan.grid.cells))
+    before = first_round(plan, plan.grid.cells[cell][0], number, rules=rules)
     if before.line != message.line:
         raise ProtocolError(sender, "malformed repair of a round")
     dealt = [piece for each in message.work for piece in (*_slices(each.reduced), *_slices(each.passed))]

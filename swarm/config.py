@@ -141,10 +141,20 @@ class AveragingConfig(_Section):
         "int8", description="of gradients that the peers of a stage send each other"
     )
     mean_codec: AveragingCodec | None = Field(None, description="of what they get back; default: as `codec`")
+    rank: Positive | None = Field(
+        None, description="PowerSGD: matrices travel as so many columns and rows; null: whole"
+    )
     group_size: int = Field(16, ge=2, description="about how many average at once; more sit on a grid")
     progress_deadline_s: Seconds = Field(5.0, description="silence after which a groupmate counts as lost")
     round_deadline_s: Seconds = Field(300.0, description="most that the averaging of one step may take")
     grace_s: Seconds = Field(1.0, description="wait for live peers that have not reported when a step closes")
+
+    @model_validator(mode="after")
+    def _rank_has_a_memory_of_its_own(self) -> "AveragingConfig":
+        lossy = [name for name in (self.codec, self.mean_codec) if name and CODECS[name].lossy]
+        if self.rank and lossy:
+            raise ValueError(f"rank {self.rank} needs codec float16, bfloat16 or float32, not {lossy[0]}")
+        return self
 
 
 class NetworkConfig(_Section):

@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from averaging.plan import Pass
 from swarm.config import OptimizerConfig, TrainingConfig
 from swarm.history import History
 
 HISTORY = "history"  # its name in a state
+SMALL_VALUES = 1 << 13  # of a tensor, a norm's for instance: it costs little to send it finely
 
 
 @dataclass(slots=True)
@@ -57,7 +59,7 @@ class Stage:
         self.version = 0
         self.history = History()
         self._training = training
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._parameters = [p for _, p in self._named()]
         self._optimizer = _adamw(self._parameters, training.optimizer)
         # Strict mode: a step back, for neighbours whose step has not closed when this one's has.
         self._previous: list[nn.Parameter] | None = None
@@ -68,6 +70,16 @@ class Stage:
     def values(self) -> int:
         """Parameters of the stage, and so values of a gradient vector."""
         return sum(p.numel() for p in self._parameters)
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Of the tensors in a gradient vector, in its order."""
+        return [p.shape for p in self._parameters]
+
+    @property
+    def gradient(self) -> Pass:
+        """Size of a gradient vector; the small tensors come last."""
+        return Pass(self.values, sum(p.numel() for p in self._parameters if _is_small(p)))
 
     # one microbatch
 
@@ -282,7 +294,12 @@ class Stage:
         return digest.digest()[:8]
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
+        named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
+        return sorted(named, key=lambda each: _is_small(each[1]))
+
+
+def _is_small(tensor: torch.Tensor) -> bool:
+    return tensor.numel() <= SMALL_VALUES
 
 
 def learning_rate(config: OptimizerConfig, version: int, steps: int) -> float:

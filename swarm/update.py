@@ -18,12 +18,16 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 
+import torch
+
 from averaging.allreduce import ButterflyAllReduce
 from averaging.bandwidth import UplinkMeter
 from averaging.errors import BehindError, RoundAbandonedError
+from averaging.lowrank import LowRank
+from averaging.moshpit import Contribution
 from averaging.network import Network, PeerId
-from averaging.participant import Contribution, Mean, Participant
-from averaging.plan import StepRules
+from averaging.participant import Mean, Participant
+from averaging.plan import Pass, StepRules
 from swarm import swarm_pb2 as pb
 from swarm.compute import Compute, Priority
 from swarm.config import RunConfig
@@ -91,6 +95,8 @@ class Updater:
         self._frozen_ids: tuple[bytes, ...] = ()  # microbatches in what was frozen last
         self._contributed: dict[int, tuple[bytes, ...]] = {}  # step -> microbatches this peer put into it
         self._rules = rules = step_rules(config)
+        rank = config.averaging.rank
+        self._low_rank = LowRank(stage.shapes, rank) if rank else None
         self.state_hash = b""
         self.changed = asyncio.Event()
         self.counters: Counter[str] = Counter()
@@ -131,8 +137,8 @@ class Updater:
         return min(self._rules.max_weight, float(sum(held.tokens for held in self._stage.sums)))
 
     @property
-    def values(self) -> int:
-        return self._stage.values
+    def passes(self) -> tuple[Pass, ...]:
+        return (self._stage.gradient,) if self._low_rank is None else self._low_rank.passes
 
     async def prepare(self) -> None:
         """Throw away sums with gradients that other peers have been given, or that are in a step already.
@@ -149,8 +155,15 @@ class Updater:
         self._frozen_ids = tuple(frozen.microbatches)
         if not self._server.may_count(frozen):
             raise RoundAbandonedError("gradients in it are with other peers or in a step")
-        vector = await self._in_compute(lambda: self._stage.mean(frozen))
-        return Contribution(vector, float(frozen.tokens), self._frozen_ids)
+        vector, weight = await self._in_compute(lambda: self._stage.mean(frozen)), float(frozen.tokens)
+        if (low_rank := self._low_rank) is None:
+            return Contribution(vector, weight, self._frozen_ids)
+
+        async def second(mean: torch.Tensor) -> torch.Tensor:
+            return await self._in_compute(lambda: low_rank.second(mean))
+
+        sketches = await self._in_compute(lambda: low_rank.first(vector, weight))
+        return Contribution(sketches, weight, self._frozen_ids, then=second)
 
     def abandoned(self, *, duplicate: bool) -> None:
         self._compute.hold(False)
@@ -165,7 +178,8 @@ class Updater:
         self._contributed.pop(step - REMEMBERED_STEPS, None)
 
         def apply_and_hash() -> bytes:
-            self._stage.apply(mean.vector, mean.ids)
+            low_rank, vector = self._low_rank, mean.vector
+            self._stage.apply(low_rank.result(vector, counted=counted) if low_rank else vector, mean.ids)
             return self._stage.hash()
 
         try:

@@ -12,8 +12,8 @@ from averaging.averaging_pb2 import Piece, RoundFrame, RoundGreeting
 from averaging.codecs import CODECS
 from averaging.errors import LinkError
 from averaging.memory_network import Link, MemoryHub
-from averaging.moshpit import Rounds
-from averaging.plan import MAX_PIECE_VALUES, Report, StepRules, make_plan
+from averaging.moshpit import Contribution, Rounds
+from averaging.plan import MAX_PIECE_VALUES, Pass, Report, StepRules, make_plan
 from averaging.reduction import Means
 from averaging.round import first_round
 
@@ -24,19 +24,19 @@ RULES = StepRules(target=1, max_weight=1e6, progress_s=3)
 class Group:
     """So many members, and a plan of all of them."""
 
-    def __init__(self, size: int, values: int, codec: str = "float32", **link) -> None:
+    def __init__(self, size: int, values: int, codec: str = "float32", *, fine: int = 0, **link) -> None:
         self.hub = MemoryHub(link=lambda a, b: Link(**{"latency_s": 0.01} | link))
         self.names = [f"p{i}" for i in range(size)]
         self.rules = replace(RULES, codec=codec)
         self.members = [ButterflyAllReduce(self.hub.network(n), rules=self.rules) for n in self.names]
-        reports = {name: Report(1.0, bytes(8), values) for name in self.names}
+        reports = {name: Report(1.0, bytes(8), (Pass(values, fine),)) for name in self.names}
         self.plan = make_plan(step=0, coordinator="p0", reports=reports, nonce=b"n", rules=RULES)
 
     async def average(self, vectors, weights):
         """What every member says when its round is over, and its means."""
         for member in self.members:
             await member.start()
-        means = [Means(self.plan.values) for _ in self.members]
+        means = [Means(self.plan.passes[0].values) for _ in self.members]
         limits = [max(1e6, weight) for weight in weights]  # nobody thinks that it weighs too much itself
         rounds = [
             first_round(self.plan, name, 0, rules=replace(self.rules, max_weight=limit))
@@ -65,6 +65,28 @@ def test_all_members_hold_the_same_bits_of_the_weighted_mean(codec, size, values
     assert all(torch.equal(mean.vector, means[0].vector) for mean in means)
     assert all(mean.weight == sum(weights) for mean in means)
     assert (means[0].vector - exact).norm() <= TOLERANCE[codec] * exact.norm() + 1e-7
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "topk"])
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("fine", [1, 700, 40_000, 100_000])
+def test_small_tensors_travel_in_float16(codec, size, fine):
+    values, generator = 100_000, torch.Generator().manual_seed(size)
+    vectors = list(torch.randn(size, values, generator=generator))
+    group = Group(size, values, codec, fine=fine)
+
+    async def main():
+        return await group.average(vectors, [1.0] * size)
+
+    said, means = virtual_time.run(main())
+    assert not any(done.missing or done.lost for done in said)
+    exact, found = torch.stack(vectors).mean(0), means[0].vector
+    error = (found - exact)[-fine:].norm() / exact[-fine:].norm()
+    assert error < TOLERANCE["float16"]
+    assert fine == values or (found - exact)[:-fine].norm() > TOLERANCE["float16"] * exact[:-fine].norm()
+    sent = sum(opened.sent_bytes for opened in group.opened)
+    expected = CODECS[codec].size_bytes(values - fine) + CODECS["float16"].size_bytes(fine)
+    assert sent == pytest.approx(2 * (size - 1) * expected, rel=0.04)
 
 
 def test_bytes_on_the_wire_are_those_of_a_butterfly():
@@ -146,7 +168,7 @@ def test_a_member_that_sends_garbage_is_dropped_and_named(bad):
 
         await liar.serve(SERVICE, silent, max_payload_bytes=1 << 24)
         rounds = Rounds(group.plan, "p0", all_reduce=honest, say=(said := Said()))
-        running = asyncio.create_task(rounds.average(torch.ones(10), 1.0))
+        running = asyncio.create_task(rounds.average(Contribution(torch.ones(10), 1.0)))
         stream = await liar.open("p0", SERVICE, max_payload_bytes=1 << 24)
         await stream.send(RoundGreeting(plan=group.plan.key).SerializeToString())
         for header, payload in zip(bad[::2], bad[1::2], strict=True):
@@ -173,7 +195,7 @@ def test_a_group_of_one_needs_no_network():
         group = Group(1, 100, "int8")
         vector = torch.randn(100)
         rounds = Rounds(group.plan, "p0", all_reduce=group.members[0], say=Said())
-        result = await rounds.average(vector, 3.0)
+        result = await rounds.average(Contribution(vector, 3.0))
         assert torch.equal(result.vector, vector) and result.sent_bytes == 0
 
     virtual_time.run(main())

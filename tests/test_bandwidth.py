@@ -7,7 +7,7 @@ from averaging.averager import Averager
 from averaging.bandwidth import LEAST_BYTES, UplinkMeter, levelled
 from averaging.errors import ProtocolError
 from averaging.memory_network import MemoryHub
-from averaging.plan import Report, StepRules, make_plan
+from averaging.plan import Pass, Report, StepRules, make_plan
 from averaging.round import first_round
 from averaging.shares import Mode
 
@@ -56,7 +56,7 @@ def test_unknown_links_count_as_usual_near_ones_as_equal_and_claims_are_capped()
 
 
 def test_a_plan_gives_the_fast_peer_nearly_all_of_the_reducing():
-    reports = {f"p{i}": Report(1.0, bytes(8), 600_000, 10.0 if i else 100.0) for i in range(6)}
+    reports = {f"p{i}": Report(1.0, bytes(8), (Pass(600_000),), 10.0 if i else 100.0) for i in range(6)}
     rules = StepRules(target=1, max_weight=10)
     plan = make_plan(step=0, coordinator="p0", reports=reports, nonce=b"n", rules=rules)
     work = first_round(plan, "p0", 0, rules=rules).work
@@ -66,8 +66,8 @@ def test_a_plan_gives_the_fast_peer_nearly_all_of_the_reducing():
 
 def test_clients_reduce_nothing_and_auxiliaries_do_although_they_bring_nothing():
     modes = {"a": Mode.MEMBER, "b": Mode.CLIENT, "c": Mode.AUXILIARY}
-    reports = {peer: Report(1.0, bytes(8), 9000, 1.0, mode) for peer, mode in modes.items()}
-    reports["c"] = Report(0.0, bytes(8), 0, 1.0, Mode.AUXILIARY)
+    reports = {peer: Report(1.0, bytes(8), (Pass(9000),), 1.0, mode) for peer, mode in modes.items()}
+    reports["c"] = Report(0.0, bytes(8), (), 1.0, Mode.AUXILIARY)
     rules = StepRules(target=1, max_weight=10)
     plan = make_plan(step=0, coordinator="a", reports=reports, nonce=b"n", rules=rules)
     round_ = first_round(plan, "a", 0, rules=rules)
@@ -77,7 +77,7 @@ def test_clients_reduce_nothing_and_auxiliaries_do_although_they_bring_nothing()
 
 @pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
 def test_a_bandwidth_that_is_none_is_refused(wrong):
-    message = wire.report_message(0, Report(1.0, bytes(8), 10, wrong))
+    message = wire.report_message(0, Report(1.0, bytes(8), (Pass(10),), wrong))
     with pytest.raises(ProtocolError):
         wire.report_of(message, "p")
     with pytest.raises(ValueError, match="bandwidth"):

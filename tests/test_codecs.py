@@ -4,6 +4,8 @@ import torch
 from averaging.codecs import CODECS, INT8_BLOCK, codec_by_number
 from averaging.errors import CodecError
 from averaging.feedback import Feedback
+from averaging.plan import Pass, Report, StepRules, make_plan
+from averaging.round import first_round
 from averaging.shares import Slice
 
 RELATIVE_ERROR = {"float32": 0.0, "float16": 1e-3, "bfloat16": 1e-2, "int8": 2e-2, "int4": 0.15, "topk": 0.95}
@@ -72,18 +74,28 @@ def test_int4_costs_at_most_0_54_bytes_per_value():
     assert CODECS["int4"].size_bytes(1 << 20) / (1 << 20) <= 0.54
 
 
+def residual_of(codec, values):
+    reports = {"a": Report(1.0, bytes(8), (Pass(values),))}
+    rules = StepRules(target=1, max_weight=1, codec=codec.name)
+    plan = make_plan(step=0, coordinator="a", reports=reports, nonce=b"n", rules=rules)
+    return Feedback().of(first_round(plan, "a", 0, rules=rules))
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", [name for name, codec in CODECS.items() if codec.lossy])
 def test_with_feedback_the_running_mean_of_what_a_lossy_codec_delivers_is_the_true_one(seed, name):
     generator, codec = torch.Generator().manual_seed(seed), CODECS[name]
     start, values, steps = 2 * INT8_BLOCK, 1000, 400
     drawn = torch.randn(steps, values, generator=generator) * torch.rand(values, generator=generator) ** 4
-    feedback, delivered = Feedback(codec, codec).of(start + values, ())[0], torch.zeros(values)
-    for step in drawn:
-        encoded = feedback.encode(step, Slice(start, start + values))
-        delivered += codec.decode(encoded, (values,))
-    alone = sum(codec.decode(codec.encode(step), (values,)) for step in drawn)
-    true = drawn.sum(0)
+    weights = torch.rand(steps, generator=generator) + 0.5
+    residual, delivered = residual_of(codec, start + values), torch.zeros(values)
+    for step, weight in zip(drawn, weights.tolist(), strict=True):
+        encoded = residual.encode(codec, step, Slice(start, start + values), weight)
+        delivered += weight * codec.decode(encoded, (values,))
+    alone = sum(
+        w * codec.decode(codec.encode(step), (values,)) for step, w in zip(drawn, weights, strict=True)
+    )
+    true = weights @ drawn
     # What is missing stays bounded, however many steps: top-k speaks of a value every 32 steps or so.
     missing = (delivered - true).abs().max()
     assert missing <= (20 if name == "topk" else 1), missing
@@ -92,9 +104,11 @@ def test_with_feedback_the_running_mean_of_what_a_lossy_codec_delivers_is_the_tr
 
 def test_feedback_forgets_what_is_not_finite():
     for codec in (codec for codec in CODECS.values() if codec.lossy):
-        feedback, part = Feedback(codec, codec).of(200, ())[0], Slice(0, 200)
-        feedback.encode(torch.full((200,), float("nan")), part)
-        assert bytes(feedback.encode(torch.ones(200), part)) == bytes(codec.encode(torch.ones(200)))
+        residual, part = residual_of(codec, 200), Slice(0, 200)
+        residual.encode(codec, torch.full((200,), float("nan")), part, 1.0)
+        assert bytes(residual.encode(codec, torch.ones(200), part, 1.0)) == bytes(
+            codec.encode(torch.ones(200))
+        )
 
 
 def test_topk_keeps_the_largest_of_every_block_and_costs_a_tenth_of_a_byte_per_value():
@@ -109,17 +123,7 @@ def test_small_values_beside_large_ones_arrive_in_the_long_run(name):
     codec, part = CODECS[name], Slice(0, INT8_BLOCK)
     values = torch.full((INT8_BLOCK,), 0.02 / 7)
     values[::128] = 1.0
-    feedback = Feedback(codec, codec).of(INT8_BLOCK, ())[0]
-    total = sum(codec.decode(feedback.encode(values, part), (INT8_BLOCK,)) for _ in range(1000))
+    residual = residual_of(codec, INT8_BLOCK)
+    total = sum(codec.decode(residual.encode(codec, values, part, 1.0), (INT8_BLOCK,)) for _ in range(1000))
     assert codec.decode(codec.encode(values), (INT8_BLOCK,))[1] == 0, "alone they never do"
     assert (total / 1000 - values).abs().max() < 2e-4
-
-
-def test_a_piece_that_is_reduced_from_now_on_has_no_residual_of_parts():
-    codec, parts = CODECS["int4"], (Slice(0, 512), Slice(512, 1024))
-    feedback = Feedback(codec, codec)
-    values = torch.randn(512, generator=torch.Generator().manual_seed(0))
-    for part in parts:
-        feedback.of(1024, parts[1:])[0].encode(values, part)
-    later, _ = feedback.of(1024, parts[:1])
-    assert all(bytes(later.encode(values, part)) == bytes(codec.encode(values)) for part in parts)

@@ -12,27 +12,29 @@ from averaging.allreduce import ButterflyAllReduce
 from averaging.codecs import CODECS, INT8_BLOCK
 from averaging.grid import grid_sides, seat
 from averaging.memory_network import MemoryHub
-from averaging.moshpit import Rounds
-from averaging.plan import Report, StepRules, make_plan
+from averaging.moshpit import Contribution, Rounds
+from averaging.plan import Pass, Report, StepRules, make_plan
 from averaging.round import Done
 
 RULES = StepRules(target=1, max_weight=100, progress_s=3)
 
 
-async def average_all(vectors, weights, group_size, codec="float32"):
+async def average_all(vectors, weights, group_size, codec="float32", mean_codec=""):
     """Every peer's result of one plan over all of them."""
     names = [f"peer{i:04d}" for i in range(len(vectors))]
-    hub, rules = MemoryHub(), replace(RULES, group_size=group_size, codec=codec)
+    hub, rules = MemoryHub(), replace(RULES, group_size=group_size, codec=codec, mean_codec=mean_codec)
     reducers = [ButterflyAllReduce(hub.network(name), rules=rules) for name in names]
     size = len(vectors[0])
-    reports = {name: Report(weight, bytes(8), size) for name, weight in zip(names, weights, strict=True)}
+    reports = {
+        name: Report(weight, bytes(8), (Pass(size),)) for name, weight in zip(names, weights, strict=True)
+    }
     plan = make_plan(step=0, coordinator=names[0], reports=reports, nonce=b"n", rules=rules)
     for reducer in reducers:
         await reducer.start()
     each = zip(names, vectors, weights, reducers, strict=True)
     said: list[Done] = []
     parts = [(Rounds(plan, n, all_reduce=r, say=noting(said)), v, w) for n, v, w, r in each]
-    results = await asyncio.gather(*(rounds.average(v, w) for rounds, v, w in parts))
+    results = await asyncio.gather(*(rounds.average(Contribution(v, w)) for rounds, v, w in parts))
     for rounds, _, _ in parts:
         rounds.close()
     assert not any(done.missing or done.lost for done in said)
@@ -75,6 +77,13 @@ def test_for_any_number_of_members_too(count, codec):
     assert all((result.vector - mean).norm() <= tolerance * mean.norm() for result in results)
     assert all(torch.equal(result.vector, results[0].vector) for result in results)
     assert len({result.weight for result in results}) == 1
+
+
+@pytest.mark.parametrize("codec,mean_codec", [("int8", "float16"), ("float16", "float32"), ("topk", "int4")])
+def test_all_hold_the_same_bits_with_another_codec_for_the_means(codec, mean_codec):
+    vectors = list(torch.randn(10, 9000, generator=torch.Generator().manual_seed(0)))
+    _, results = virtual_time.run(average_all(vectors, [1.0] * 10, 3, codec, mean_codec))
+    assert all(torch.equal(result.vector, results[0].vector) for result in results)
 
 
 def test_a_round_of_random_groups_leaves_the_papers_share_of_the_variance():

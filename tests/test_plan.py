@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 
 from averaging.plan import (
+    Pass,
     Report,
     StepRules,
     check_plan,
@@ -21,7 +22,7 @@ PEERS = ["a", "b", "c", "d"]
 
 
 def reports(**weights: float) -> dict[str, Report]:
-    return {peer: Report(weight, b"12345678", 10) for peer, weight in weights.items()}
+    return {peer: Report(weight, b"12345678", (Pass(10),)) for peer, weight in weights.items()}
 
 
 def close(heard: dict[str, Report], **more):
@@ -81,14 +82,14 @@ def test_a_plan_seats_all_reporters_and_names_itself_uniquely():
 
 def test_members_refuse_a_plan_that_is_not_what_they_reported():
     plan = make_plan(step=3, coordinator="a", reports=reports(a=5, b=7), nonce=b"n", rules=RULES)
-    mine = Report(7.0, b"12345678", 10)
+    mine = Report(7.0, b"12345678", (Pass(10),))
     good = {"me": "b", "step": 3, "mine": mine, "roster": {"a", "b"}}
     assert check_plan(plan, **good) is None
     assert "closes step" in check_plan(plan, **good | {"step": 4})
     assert "weight" in check_plan(plan, **good | {"mine": replace(mine, weight=6.0)})
     assert "does not stand in it" in check_plan(plan, **good | {"me": "c"})
     assert "as what it is" in check_plan(plan, **good | {"mine": replace(mine, mode=Mode.CLIENT)})
-    assert "11" in check_plan(plan, **good | {"mine": replace(mine, values=11)})
+    assert "11" in check_plan(plan, **good | {"mine": replace(mine, passes=(Pass(11),))})
     for wrong in (0.0, -1.0, float("nan"), float("inf")):
         changed = replace(plan, members=(plan.members[0], replace(plan.members[1], bandwidth=wrong)))
         assert "bandwidth" in check_plan(changed, **good)

@@ -10,7 +10,7 @@ from averaging import virtual_time, wire
 from averaging.averager import Averager
 from averaging.errors import BehindError, ProtocolError
 from averaging.memory_network import Link, MemoryHub
-from averaging.plan import Report, StepRules, make_plan
+from averaging.plan import Pass, Report, StepRules, make_plan
 from averaging.repair import Holdings
 from averaging.round import Done, first_round
 
@@ -122,7 +122,7 @@ def holds(seed: int, **what) -> Schedule:
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_a_repair_arrives_as_it_was_decided_and_only_with_pieces_of_the_plan(size, values):
     names, rules = [f"p{i}" for i in range(size)], StepRules(target=1, max_weight=10, codec="int8")
-    reports = {name: Report(1.0, bytes(8), values) for name in names}
+    reports = {name: Report(1.0, bytes(8), (Pass(values),)) for name in names}
     plan = make_plan(step=0, coordinator="p0", reports=reports, nonce=b"n", rules=rules)
     holdings, first = Holdings(plan, rules), first_round(plan, "p0", 0, rules=rules)
     lost = next(iter(first.work))

@@ -4,11 +4,12 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
+from averaging.plan import Pass
 from swarm.config import parse_run
 from swarm.model import build_stage
 from swarm.model.llama import layer_costs
 from swarm.partition import partition
-from swarm.stage import Stage, learning_rate
+from swarm.stage import SMALL_VALUES, Stage, learning_rate
 
 
 def config(*overrides: str):
@@ -123,6 +124,19 @@ def test_mean_is_per_token_and_freeze_begins_a_new_sum():
     assert torch.equal(stage.mean(frozen), torch.full((stage.values,), 0.5))
     assert frozen.microbatches == [b"a", b"b"] and frozen.step == 0
     assert stage.accumulator.step == 1 and stage.accumulator.tokens == 0
+
+
+def test_small_tensors_come_last_in_a_gradient():
+    stage = make_stages(config("model.width=128"))[0]
+    sizes = [shape.numel() for shape in stage.shapes]
+    small = [size for size in sizes if size <= SMALL_VALUES]
+    assert sizes[-len(small) :] == small and len(small) < len(sizes)
+    assert stage.gradient == Pass(sum(sizes), sum(small))
+    for number, held in enumerate(stage.accumulator.sums):
+        held.fill_(number)
+    stage.accumulator.tokens = 1
+    expected = torch.cat([torch.full((size,), float(number)) for number, size in enumerate(sizes)])
+    assert torch.equal(stage.mean(stage.freeze()), expected)
 
 
 def test_learning_rate_warms_up_and_decays():

@@ -1,10 +1,11 @@
 """Does the quickstart's model learn the same when its gradients are averaged with fewer bits?
 
-    python -m experiments.benchmarks.codecs [--codecs int8 int4 topk] [--steps 120] [--seeds 1] [--json]
+    python -m experiments.benchmarks.codecs [--codecs int8 int4 rank4 topk] [--steps 120] [--seeds 1] [--json]
 
 One stage on four peers, trained with float32 and with each codec; reported are the losses at the same number
-of tokens (linear between evaluations) and the bytes that averaging took. The order in which microbatches
-count differs from run to run, so even float32 against itself (the row "float32 again") is not 1.
+of tokens and the bytes that averaging took. `rank4` is PowerSGD, its factors in float16. Training is strict,
+so that every run takes the same batches in the same steps: else float32 against itself (the row "float32
+again") differs by a per cent.
 """
 
 import argparse
@@ -15,12 +16,25 @@ from experiments.benchmarks.chaos import loss_at
 from experiments.benchmarks.quickstart import run_quickstart
 from experiments.benchmarks.report import report
 
-ONE_STAGE = ("model.stages=1", "local.peers_per_stage=4", "training.eval_every=20", "pipeline.in_flight=8")
+ONE_STAGE = (
+    "model.stages=1",
+    "local.peers_per_stage=4",
+    "pipeline.in_flight=8",
+    "training.strict=true",
+    "training.eval_every=20",
+)
+
+
+def averaging_of(name: str) -> list[str]:
+    """The settings of the run file behind a name."""
+    if name.startswith("rank"):
+        return [f"averaging.rank={name.removeprefix('rank')}", "averaging.codec=float16"]
+    return [f"averaging.codec={name}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--codecs", nargs="+", default=["int8", "int4", "topk"])
+    parser.add_argument("--codecs", nargs="+", default=["int8", "int4", "rank4", "topk"])
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", action="store_true")
@@ -30,7 +44,7 @@ def main() -> None:
     for seed in range(options.seeds):
         runs = {}
         for name in ("float32", "float32 again", *options.codecs):
-            settings = [*ONE_STAGE, f"training.seed={seed}", f"averaging.codec={name.split()[0]}"]
+            settings = [*ONE_STAGE, f"training.seed={seed}", *averaging_of(name.split()[0])]
             words = [word for setting in settings for word in ("--set", setting)]
             runs[name] = run_quickstart("--steps", str(options.steps), *words)
             print(seed, name, runs[name]["final_loss"], file=sys.stderr)
