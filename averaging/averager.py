@@ -18,6 +18,7 @@ import torch
 from averaging.allreduce import ButterflyAllReduce
 from averaging.bandwidth import BYTES_PER_MEGABIT, UplinkMeter
 from averaging.codecs import CODECS
+from averaging.errors import BehindError
 from averaging.lowrank import LowRank
 from averaging.moshpit import Contribution
 from averaging.network import Network, PeerId
@@ -87,7 +88,8 @@ class Averager:
     async def average(self, vector: torch.Tensor, *, weight: float = 1.0) -> Mean:
         """The mean of [values] float32 vectors by weight, bit-identical on all members. Not for auxiliaries.
 
-        Raises BehindError if the others have closed this step without this member, and ValueError for a
+        Raises BehindError if the others have closed this step without this member: the next call takes part
+        in theirs, for a model that is as far as theirs. Raises ValueError for a
         weight that is negative or above the target.
         """
         if not 0 <= weight <= self._rules.target:
@@ -105,7 +107,11 @@ class Averager:
         await self._close_step(_Given(torch.empty(0), 0.0))
 
     async def _close_step(self, given: "_Given") -> Mean:
-        mean = await self._participant.close_step(given)
+        try:
+            mean = await self._participant.close_step(given)
+        except BehindError as error:
+            self.step = self.step if error.version is None else error.version
+            raise
         self.step += 1
         self._participant.coordinator.step_closed(self.step)
         return mean

@@ -51,7 +51,14 @@ class CodecError(AveragingError):
 
 
 class BehindError(AveragingError):
-    """The others have gone on without this peer, or hold another state: fetch it."""
+    """The others have gone on without this peer, or hold another state: fetch it.
+
+    `version`: where they are, if they say so.
+    """
+
+    def __init__(self, what: str, *, version: int | None = None) -> None:
+        super().__init__(what)
+        self.version = version
 
 
 class MovedError(AveragingError):

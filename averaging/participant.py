@@ -229,7 +229,7 @@ class Participant:
                     case "plan":
                         return await self._checked(answer.plan, step, stream.remote, contributor)
                     case "behind":
-                        raise BehindError(f"the others are at version {answer.behind}")
+                        raise BehindError(f"the others are at version {answer.behind}", version=answer.behind)
                     case "drifted":
                         raise BehindError("the majority holds another state")
                     case "moved":

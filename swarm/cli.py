@@ -84,6 +84,9 @@ def peer(
         float,
         typer.Option(help="Mbit/s of the uplink, until it has been measured; 0: unknown.", min=0, max=1e6),
     ] = 0.0,
+    aggregate_only: Annotated[
+        bool, typer.Option("--aggregate-only", help="No model, no device: only average for the others.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Serve one stage of a run until Ctrl-C."""
@@ -96,7 +99,9 @@ def peer(
 
         set_up_logging(name or "peer", verbose=verbose)
         number = None if stage == "auto" else int(stage)
-        options = PeerOptions(tuple(join), number, device, name, listen, port, identity, threads, bandwidth)
+        options = PeerOptions(
+            tuple(join), number, device, name, listen, port, identity, threads, bandwidth, aggregate_only
+        )
         return run_until_signal(serve(options))
 
     exit_with(start)

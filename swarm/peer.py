@@ -21,11 +21,11 @@ from typing import Any
 
 from averaging.bandwidth import UplinkMeter
 from averaging.errors import LinkError
-from averaging.network import Network, PeerId
+from averaging.network import Network
 from swarm.compute import Compute, Priority
 from swarm.config import RunConfig
 from swarm.directory import Directory
-from swarm.errors import UserError
+from swarm.membership import Membership
 from swarm.model import build_stage
 from swarm.records import MAX_ADDRESSES, PeerRecord
 from swarm.server import HopServer
@@ -57,16 +57,18 @@ class Peer:
         rng: random.Random | None = None,
         on_step: Callable[[AppliedStep], None] = lambda done: None,
     ) -> None:
-        if not 0 <= stage < config.model.stages:
-            raise UserError(
-                f"--stage {stage} is out of range: the run has stages 0 to {config.model.stages - 1}"
-            )
-        self._network, self._directory, self._compute, self.config = network, directory, compute, config
+        self._network, self._compute, self.config = network, compute, config
         self._run, self._stage_number, self._device, self._name = run, stage, device, name
         self._addresses, self._clock, self._on_step = addresses, clock, on_step
         self._uplink = uplink or UplinkMeter()
         self._rng = rng or random.SystemRandom()
-        self._roster: dict[PeerId, PeerRecord] = {}
+        self.membership = Membership(
+            directory,
+            peer=network.peer_id,
+            stage=stage,
+            record=self._record,
+            period_s=config.network.announce_s,
+        )
         self._tokens_seen, self._tokens_at_s = 0.0, clock()
         self._tokens_per_s = 0.0
 
@@ -87,8 +89,8 @@ class Peer:
             server=self.server,
             config=self.config,
             run=self._run,
-            roster=self._roster.keys,
-            refresh_roster=self._read_roster,
+            roster=self.membership.others.keys,
+            refresh_roster=self.membership.read,
             refetch=self._refetch,
             rng=self._rng,
             uplink=self._uplink,
@@ -102,8 +104,7 @@ class Peer:
         await self.server.start()
         await self.updater.start()
         self._state.available = True
-        await self._directory.announce(self._record())
-        await self._read_roster()  # after announcing: of two that start together, one sees the other
+        await self.membership.enter()
         log.info("serving stage %d at version %d", self._stage_number, self.stage.version)
 
     async def _has_state(self) -> bool:
@@ -112,7 +113,7 @@ class Peer:
         A peer that cannot be asked now may have one: starting anew beside it would split the stage.
         """
         try:
-            await self._read_roster()
+            await self.membership.read()
             if not await self._fetch():
                 log.info("nobody has a state of stage %d yet: starting from the seed", self._stage_number)
         except LinkError as error:
@@ -125,16 +126,12 @@ class Peer:
         """Take part until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.updater.run())
-            tasks.create_task(self._announce())
+            tasks.create_task(self.membership.keep())
 
     async def leave(self) -> None:
         """Withdraw, refuse new hops, let trainers and stage mates know."""
         self.server.draining = True
-        try:
-            async with asyncio.timeout(2):
-                await self._directory.withdraw(self._record())
-        except (LinkError, TimeoutError):
-            log.info("the record could not be withdrawn; it expires by itself")
+        await self.membership.withdraw()
         await self.server.say_goodbye()
         self.close()
 
@@ -171,6 +168,7 @@ class Peer:
         )
 
     def _record(self) -> PeerRecord:
+        self._measure()
         return PeerRecord(
             peer=self._network.peer_id,
             stage=self._stage_number,
@@ -180,22 +178,6 @@ class Peer:
             tokens_per_s=round(self._tokens_per_s, 1),
             announced_s=time.time(),
         )
-
-    async def _announce(self) -> None:
-        """Renew the record and read the roster, every period."""
-        while True:
-            await asyncio.sleep(self.config.network.announce_s)
-            self._measure()
-            try:
-                await self._directory.announce(self._record())
-                await self._read_roster()
-            except LinkError as error:
-                log.warning("%s; trying again", error)
-
-    async def _read_roster(self) -> None:
-        records = await self._directory.roster(self._stage_number)
-        self._roster.clear()
-        self._roster.update({r.peer: r for r in records if r.peer != self._network.peer_id})
 
     def _measure(self) -> None:
         """Tokens per second over the last period, smoothed."""
@@ -207,7 +189,7 @@ class Peer:
     async def _refetch(self) -> bool:
         """The stage has gone on without this peer: load what it has become."""
         try:
-            await self._read_roster()
+            await self.membership.read()
             if await self._fetch():
                 return True
         except LinkError as error:
@@ -217,7 +199,8 @@ class Peer:
 
     async def _fetch(self) -> bool:
         """Load the newest state that somebody gives. Raises LinkError if one cannot be asked."""
-        donors = sorted(self._roster.values(), key=lambda record: -record.version)
+        able = [record for record in self.membership.others.values() if not record.aggregates_only]
+        donors = sorted(able, key=lambda record: -record.version)
         return await fetch_state(
             self._network,
             self.stage,

@@ -4,19 +4,24 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from averaging.bandwidth import BYTES_PER_MEGABIT, UplinkMeter
 from averaging.errors import LinkError
+from averaging.network import Network
 from swarm.allocator import keep_freed_memory
-from swarm.assignment import choose_stage
+from swarm.assignment import choose_assisted, choose_stage
+from swarm.auxiliary import Auxiliary
 from swarm.compute import ComputeThread, spread_over
+from swarm.config import RunConfig
 from swarm.directory import Directory
 from swarm.errors import NoAnswerError, UserError
 from swarm.metrics import MetricsSender
 from swarm.peer import Peer
 from swarm.process import best_address, joined, watch_daemon
+from swarm.records import PeerRecord
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +37,14 @@ class PeerOptions:
     identity: Path | None = None
     threads: int = 0
     bandwidth: float = 0.0  # Mbit/s of the uplink, until it has been measured; 0 if unknown
+    aggregate_only: bool = False
 
 
 async def serve(options: PeerOptions) -> int:
     """Serve until cancelled. Raises UserError."""
     device = _device(options.device)
     keep_freed_memory()
-    compute = ComputeThread(options.threads or torch.get_num_threads())
+    threads = options.threads or torch.get_num_threads()
     spread_over(1)  # the event loop, whose decoding must not take cores from `compute`
     async with joined(
         options.join, listen=options.listen, port=options.port, identity=options.identity
@@ -47,21 +53,30 @@ async def serve(options: PeerOptions) -> int:
         config = manifest.config
         stage = options.stage
         if stage is None:
-            stage, reason = await _choose_stage(here.directory, config.model.stages)
+            choose = choose_assisted if options.aggregate_only else choose_stage
+            stage, reason = choose(await _rosters(here.directory, config.model.stages))
             log.info("stage %d: %s", stage, reason)
-        peer = Peer(
-            network=here.network,
-            directory=here.directory,
-            compute=compute,
-            config=config,
-            run=manifest.run,
-            stage=stage,
-            device=device,
-            name=options.name,
-            addresses=here.addresses,
-            uplink=UplinkMeter(options.bandwidth * BYTES_PER_MEGABIT),
-        )
-        log.info("run %s (%s), stage %d on %s", config.name, manifest.run, stage, device)
+        elif stage >= config.model.stages:
+            raise UserError(
+                f"--stage {stage} is out of range: the run has stages 0 to {config.model.stages - 1}"
+            )
+        place: _Place = {
+            "network": here.network,
+            "directory": here.directory,
+            "config": config,
+            "run": manifest.run,
+            "stage": stage,
+            "name": options.name,
+            "addresses": here.addresses,
+            "uplink": UplinkMeter(options.bandwidth * BYTES_PER_MEGABIT),
+        }
+        peer: Peer | Auxiliary
+        if options.aggregate_only:
+            peer = Auxiliary(**place)
+        else:
+            peer = Peer(**place, compute=ComputeThread(threads), device=device)
+        task = "averaging of" if options.aggregate_only else f"on {device},"
+        log.info("run %s (%s), %s stage %d", config.name, manifest.run, task, stage)
         await peer.join()
         log.info("others may also join through %s", best_address(here.addresses))
         sender = MetricsSender(here.network, manifest.organizer, kind="peer", values=peer.metrics)
@@ -76,9 +91,22 @@ async def serve(options: PeerOptions) -> int:
     return 0
 
 
-async def _choose_stage(directory: Directory, stages: int) -> tuple[int, str]:
+class _Place(TypedDict):
+    """What a peer of either kind is made of."""
+
+    network: Network
+    directory: Directory
+    config: RunConfig
+    run: str
+    stage: int
+    name: str
+    addresses: tuple[str, ...]
+    uplink: UplinkMeter
+
+
+async def _rosters(directory: Directory, stages: int) -> list[list[PeerRecord]]:
     try:
-        return choose_stage([await directory.roster(number) for number in range(stages)])
+        return [await directory.roster(number) for number in range(stages)]
     except LinkError as error:
         raise NoAnswerError(
             f"cannot read who serves which stage ({error}): try again, or name one with --stage"

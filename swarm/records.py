@@ -35,6 +35,7 @@ class PeerRecord(BaseModel):
     version: int = Field(0, ge=0, description="steps applied")
     tokens_per_s: float = Field(0.0, ge=0, le=1e9, description="claimed throughput, forward and backward")
     announced_s: float = Field(0.0, ge=0, description="wall clock of the announcement")
+    aggregates_only: bool = Field(False, description="serves no hops and has no state")
 
     def pack(self) -> bytes:
         """As bytes; addresses at the end are left out if there is no room for them."""

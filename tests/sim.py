@@ -13,6 +13,7 @@ import torch
 
 from averaging.memory_network import Link, MemoryHub
 from averaging.network import PeerId
+from swarm.auxiliary import Auxiliary
 from swarm.compute import Priority, VirtualCompute
 from swarm.config import RunConfig, parse_run
 from swarm.directory import MemoryDirectory
@@ -64,6 +65,7 @@ class Sim:
         self.compute_s, self.latency_s = compute_s, latency_s
         self.hub.link = lambda a, b: Link(latency_s=self.latency_s)
         self.peers: dict[PeerId, SimPeer] = {}
+        self.auxiliaries: dict[PeerId, asyncio.Task[None]] = {}
         self.names = itertools.count()
         self.contributed: dict[PeerId, dict[int, list[bytes]]] = {}  # peer -> step -> microbatches
         self.parent: dict[Node, Node] = {}  # state -> the state it was stepped from
@@ -121,6 +123,28 @@ class Sim:
         self.peers[peer_id] = SimPeer(peer_id, stage, peer, task, compute)
         return peer_id
 
+    async def start_auxiliary(self, stage: int) -> Auxiliary:
+        """A peer that only reduces; ends with the test, or when the hub kills it."""
+        peer_id = f"auxiliary{next(self.names):02d}-of-stage{stage}"
+        self.contributed[peer_id] = {}
+        auxiliary = Auxiliary(
+            network=self.hub.network(peer_id),
+            directory=self.directory,
+            config=self.config,
+            run="run",
+            stage=stage,
+            rng=random.Random(peer_id),
+        )
+
+        async def live() -> None:
+            await auxiliary.join()
+            await auxiliary.run()
+
+        task = asyncio.create_task(live(), name=peer_id)
+        task.add_done_callback(self._peer_ended)
+        self.auxiliaries[peer_id] = task
+        return auxiliary
+
     def _stepped(self, peer_id: PeerId, stage: int, done: AppliedStep) -> None:
         """Log what went into an applied step: the microbatches that every member contributed to it."""
         self.steps.append((peer_id, stage, done))
@@ -156,7 +180,7 @@ class Sim:
         """Does every peer have all others of its stage on its roster?"""
         return all(
             hasattr(p.peer, "updater")
-            and {q.id for q in self.peers.values() if q.stage == p.stage} <= {*p.peer._roster, p.id}
+            and {q.id for q in self.peers.values() if q.stage == p.stage} <= {*p.peer.membership.others, p.id}
             for p in self.peers.values()
         )
 

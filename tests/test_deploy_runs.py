@@ -114,18 +114,26 @@ def test_the_compose_services_and_the_systemd_unit_train_together(processes):
 
 @pytest.mark.real
 @pytest.mark.timeout(200)
-def test_the_data_parallel_run_file_trains_one_stage_on_four_peers_with_two_trainers(processes):
+def test_the_data_parallel_run_file_trains_one_stage_on_four_peers_and_an_auxiliary_helps(processes):
     run = processes.folder / "runs" / "data-parallel"
     shortened = ["training.target_batch_tokens=2048", "training.eval_microbatches=1"]
     organizing = processes.start(
         [
-            *["swarm", "run", str(ROOT / "experiments" / "data_parallel.yaml"), "--steps", "4"],
+            *["swarm", "run", str(ROOT / "experiments" / "data_parallel.yaml"), "--steps", "8"],
             *[word for override in shortened for word in ("--set", override)],
         ]
     )
-    assert organizing.wait(180) == 0, processes.logs()
+    until(lambda: (run / "address").exists(), 60, "the organizer's address")
+    join = ["--join", (run / "address").read_text().strip(), "--listen", "127.0.0.1"]
+    auxiliary = processes.start(["swarm-peer", "--aggregate-only", *join])
+    until(lambda: steps(run) >= 5 or organizing.poll() is not None, 150, "steps with an auxiliary")
+    auxiliary.send_signal(signal.SIGTERM)
+    assert auxiliary.wait(15) == 0, processes.logs()
+    helped = re.search(r"leaving: reduced in (\d+) steps", (processes.folder / "1.log").read_text())
+    assert helped and int(helped[1]) >= 1, processes.logs()
+    assert organizing.wait(120) == 0, processes.logs()
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["steps"] >= 4 and summary["drifted_states"] == summary["microbatches"]["lost"] == 0
+    assert summary["steps"] >= 8 and summary["drifted_states"] == summary["microbatches"]["lost"] == 0
     peers = [(run / "logs" / f"peer-{number}.log").read_text() for number in range(4)]
     assert all("serving stage 0" in log for log in peers), processes.logs()
 

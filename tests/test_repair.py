@@ -69,7 +69,6 @@ class Schedule:
                 mean = await averager.average(self.vectors[name])
             except BehindError:
                 self.note(f"{name} is behind at step {step}")
-                averager.step = max(self.means, default=step) + 1  # as if it had fetched their state
                 continue
             self.note(f"{name} has the mean of step {step} with {len(mean.members)}")
             if name not in self.lost:

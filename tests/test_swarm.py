@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pytest
 import torch
 
 from averaging import virtual_time
@@ -81,6 +82,30 @@ def test_a_stage_on_a_grid_stays_identical_and_survives_a_death():
         assert all(len(states) == 1 for states in sim.hashes.values())
 
     simulate(test, "averaging.group_size=2", "averaging.codec=int8", peers=5)
+
+
+@pytest.mark.parametrize("codec", ["float32", "int8"])
+def test_auxiliaries_reduce_for_a_stage_get_no_hops_and_may_die(codec):
+    async def test(sim):
+        await train(sim, 30)
+        helpers = [await sim.start_auxiliary(1) for _ in range(2)]
+        await train(sim, 60, first=30)
+        assert all(helper.counters["assisted_steps"] >= 3 for helper in helpers)
+        assert all(helper.counters["averaging_bytes"] > 0 for helper in helpers)
+        assert not sim.pipeline._watched.keys() & sim.auxiliaries.keys()
+        alone = next(iter(sim.auxiliaries))
+        sim.hub.kill(alone)
+        sim.auxiliaries[alone].cancel()
+        newcomer = await sim.start_peer(1)  # must not ask them for a state
+        await train(sim, 60, first=90)
+        versions = [p.peer.stage.version for p in sim.peers.values() if p.stage == 1]
+        assert min(versions) >= 15 and max(versions) - min(versions) <= 1
+        assert newcomer in sim.peers
+        assert helpers[1].version >= max(versions) - 1
+        assert sim.pipeline.ledger.counters["lost"] == 0
+        assert all(len(states) == 1 for states in sim.hashes.values())
+
+    simulate(test, f"averaging.codec={codec}", "model.width=64")
 
 
 def test_a_killed_peers_hops_are_accepted_elsewhere_within_half_a_second():

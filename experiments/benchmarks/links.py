@@ -57,6 +57,16 @@ def namespaces(mbits: Sequence[int]) -> Iterator[list[tuple[str, str]]]:
         subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
 
 
+def end_unless_permitted() -> None:
+    """Exit with the reason where links cannot be shaped."""
+    try:
+        with namespaces([100]):
+            pass
+    except (subprocess.CalledProcessError, FileNotFoundError) as error:
+        said = getattr(error, "stderr", b"") or str(error).encode()
+        sys.exit(f"skipped: network namespaces and tc need root and iproute2: {said.decode().strip()}")
+
+
 def seconds(mbits: Sequence[int], codec: str, options: argparse.Namespace, *, equal: bool = False) -> float:
     """Median time of a round with a peer behind each link."""
     with namespaces(mbits) as places:
@@ -103,12 +113,7 @@ def main() -> None:
     if options.worker:
         codec, address, mbit = options.worker
         return work(codec, address, float(mbit), options)
-    try:
-        with namespaces([100]):
-            pass
-    except (subprocess.CalledProcessError, FileNotFoundError) as error:
-        said = getattr(error, "stderr", b"") or str(error).encode()
-        sys.exit(f"skipped: network namespaces and tc need root and iproute2: {said.decode().strip()}")
+    end_unless_permitted()
     rows, ratios = [], {}
     for mbit, peers, codec in product(options.mbit, (2, 4), ("float32", "int8")):
         least_s = 2 * (peers - 1) / peers * CODECS[codec].size_bytes(options.values) / (mbit * 1e6 / 8)

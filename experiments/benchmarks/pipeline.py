@@ -90,7 +90,7 @@ def swarm_tokens_per_s(run_file: Path, seconds: float) -> float:
     try:
         first = _wait_for_step(process, metrics, step=1, limit_s=600)
         time.sleep(seconds)
-        last = _lines(metrics)[-1]
+        last = lines_of(metrics)[-1]
         return (last["progress/tokens"] - first["progress/tokens"]) / (last["time"] - first["time"])
     finally:
         process.terminate()
@@ -103,7 +103,7 @@ def _wait_for_step(
     """The first line of metrics at or after `step`, in the moment that tokens are counted anew."""
     deadline_s = time.monotonic() + limit_s
     while time.monotonic() < deadline_s:
-        lines = [line for line in _lines(metrics) if line["progress/steps"] >= step]
+        lines = [line for line in lines_of(metrics) if line["progress/steps"] >= step]
         if lines:
             return lines[-1]
         if process.poll() is not None:
@@ -112,7 +112,8 @@ def _wait_for_step(
     raise SystemExit(f"the swarm took no step within {limit_s:.0f} s: see {metrics.parent}")
 
 
-def _lines(metrics: Path) -> list[dict[str, float]]:
+def lines_of(metrics: Path) -> list[dict[str, float]]:
+    """What the organizer has written of a run so far."""
     if not metrics.exists():
         return []
     return [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
