@@ -105,6 +105,12 @@ class LowRank:
         self._q = [_restarted(q) for q in means_q]
         return vector
 
+    def follow(self, mean: torch.Tensor) -> None:
+        """Learn the directions of a mean vector that was averaged whole."""
+        for index, matrix in enumerate(self._matrices):
+            whole = matrix.of(mean)
+            self._q[index] = _restarted(whole.T @ _orthonormal(whole @ self._q[index]))
+
     def _by_matrix(self, factors: Sequence[torch.Tensor]) -> list[tuple[_Matrix, torch.Tensor]]:
         return list(zip(self._matrices, factors, strict=True))
 

@@ -144,6 +144,9 @@ class AveragingConfig(_Section):
     rank: Positive | None = Field(
         None, description="PowerSGD: matrices travel as so many columns and rows; null: whole"
     )
+    rank_from: int | None = Field(
+        None, ge=0, description="first step with `rank`; default: when the learning rate has warmed up"
+    )
     group_size: int = Field(16, ge=2, description="about how many average at once; more sit on a grid")
     progress_deadline_s: Seconds = Field(5.0, description="silence after which a groupmate counts as lost")
     round_deadline_s: Seconds = Field(300.0, description="most that the averaging of one step may take")

@@ -95,8 +95,9 @@ class Updater:
         self._frozen_ids: tuple[bytes, ...] = ()  # microbatches in what was frozen last
         self._contributed: dict[int, tuple[bytes, ...]] = {}  # step -> microbatches this peer put into it
         self._rules = rules = step_rules(config)
-        rank = config.averaging.rank
+        rank, rank_from = config.averaging.rank, config.averaging.rank_from
         self._low_rank = LowRank(stage.shapes, rank) if rank else None
+        self._rank_from = config.training.optimizer.warmup_steps if rank_from is None else rank_from
         self.state_hash = b""
         self.changed = asyncio.Event()
         self.counters: Counter[str] = Counter()
@@ -138,7 +139,12 @@ class Updater:
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        return (self._stage.gradient,) if self._low_rank is None else self._low_rank.passes
+        return (self._stage.gradient,) if self._factors is None else self._factors.passes
+
+    @property
+    def _factors(self) -> LowRank | None:
+        """What gradients of this step travel as. Whole at first: what is late then costs most."""
+        return self._low_rank if self._stage.version >= self._rank_from else None
 
     async def prepare(self) -> None:
         """Throw away sums with gradients that other peers have been given, or that are in a step already.
@@ -156,13 +162,13 @@ class Updater:
         if not self._server.may_count(frozen):
             raise RoundAbandonedError("gradients in it are with other peers or in a step")
         vector, weight = await self._in_compute(lambda: self._stage.mean(frozen)), float(frozen.tokens)
-        if (low_rank := self._low_rank) is None:
+        if (factors := self._factors) is None:
             return Contribution(vector, weight, self._frozen_ids)
 
         async def second(mean: torch.Tensor) -> torch.Tensor:
-            return await self._in_compute(lambda: low_rank.second(mean))
+            return await self._in_compute(lambda: factors.second(mean))
 
-        sketches = await self._in_compute(lambda: low_rank.first(vector, weight))
+        sketches = await self._in_compute(lambda: factors.first(vector, weight))
         return Contribution(sketches, weight, self._frozen_ids, then=second)
 
     def abandoned(self, *, duplicate: bool) -> None:
@@ -178,8 +184,12 @@ class Updater:
         self._contributed.pop(step - REMEMBERED_STEPS, None)
 
         def apply_and_hash() -> bytes:
-            low_rank, vector = self._low_rank, mean.vector
-            self._stage.apply(low_rank.result(vector, counted=counted) if low_rank else vector, mean.ids)
+            factors, vector = self._factors, mean.vector
+            if factors is not None:
+                vector = factors.result(vector, counted=counted)
+            elif self._low_rank is not None:
+                self._low_rank.follow(vector)
+            self._stage.apply(vector, mean.ids)
             return self._stage.hash()
 
         try:

@@ -54,6 +54,7 @@ def test_a_file_that_is_no_mapping_is_refused(text):
         ("local: {peers_per_stage: 0}", "one positive number per stage"),
         ("data: {source: text}", "needs `path`"),
         ("averaging: {group_size: 1}", "group_size"),
+        ("averaging: {rank: 4}", "rank 4 needs codec float16, bfloat16 or float32, not int8"),
         ("pipeline: {codec: int7}", "codec"),
     ],
 )

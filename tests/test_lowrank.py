@@ -116,6 +116,18 @@ def test_members_that_die_or_hang_between_the_passes_cost_their_part_only(seed):
     assert len(found[5]) == 4 and victim not in found[5][0].members
 
 
+def test_directions_learned_from_whole_means_serve_from_the_first_step():
+    signal = a_gradient(0, noise=0.1)
+    untaught, taught = LowRank(SHAPES, RANK), LowRank(SHAPES, RANK)
+    for _ in range(3):
+        taught.follow(signal)
+    errors = []
+    for each in (untaught, taught):
+        found = each.result(each.second(each.first(signal, 1.0)), counted=True)
+        errors.append(float((found - signal).norm() / signal.norm()))
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_a_matrix_without_a_gradient_comes_back_to_life():
     low_rank, matrix = LowRank([(64, 64)], 2), torch.zeros(64 * 64)
     for vector, expected in ((matrix, 0.0), (torch.ones(64 * 64), 1.0)):

@@ -84,6 +84,19 @@ def test_a_stage_on_a_grid_stays_identical_and_survives_a_death():
     simulate(test, "averaging.group_size=2", "averaging.codec=int8", peers=5)
 
 
+def test_a_stage_whose_gradients_travel_as_factors_stays_identical_and_survives_a_death():
+    async def test(sim):
+        await train(sim, 40)
+        sim.kill(next(p.id for p in sim.peers.values() if p.stage == 1))
+        await sim.start_peer(1)
+        await train(sim, 60, first=40)
+        assert min(p.peer.stage.version for p in sim.peers.values()) >= 8
+        assert all(len(states) == 1 for states in sim.hashes.values())
+
+    settings = ["averaging.codec=float16", "averaging.rank=2", "averaging.rank_from=3", "model.width=64"]
+    simulate(test, *settings, peers=3)
+
+
 @pytest.mark.parametrize("codec", ["float32", "int8"])
 def test_auxiliaries_reduce_for_a_stage_get_no_hops_and_may_die(codec):
     async def test(sim):
