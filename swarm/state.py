@@ -82,17 +82,22 @@ async def fetch_state(
 ) -> bool:
     """Load the state of the first donor that gives one of version `at_least` or more.
 
+    One that is the stage's own already, bit by bit, as where all begin from the seed, is not transferred.
     Returns False if none of them has one; the stage is then unchanged, as it is when this raises.
 
     Raises:
         LinkError: none gave its state, and at least one could not be asked: it may have one.
     """
+    if not donors:
+        return False
     unheard: LinkError | None = None
+    own = await asyncio.wrap_future(compute.submit(Priority.STEP, lambda: _fingerprint(stage)))
     for donor in donors:
         try:
-            offer, data = await _download(network, stage, donor)
-            if offer.version < at_least:
-                continue
+            offer, data = await _download(network, stage, donor, at_least, own)
+            if data is None:
+                log.info("%s holds the same state of version %d", donor[-8:], offer.version)
+                return True
             load = functools.partial(_load, stage, donor, offer, data)
             await asyncio.wrap_future(compute.submit(Priority.STEP, load))
             log.info("loaded version %d (%.1f MB) from %s", offer.version, len(data) / 1e6, donor[-8:])
@@ -108,7 +113,14 @@ async def fetch_state(
     return False
 
 
-async def _download(network: Network, stage: Stage, donor: PeerId) -> tuple[pb.StateOffer, bytearray]:
+def _fingerprint(stage: Stage) -> tuple[int, bytes]:
+    return stage.version, hashlib.sha256(safetensors.torch.save(stage.state())).digest()
+
+
+async def _download(
+    network: Network, stage: Stage, donor: PeerId, at_least: int, own: tuple[int, bytes]
+) -> tuple[pb.StateOffer, bytearray | None]:
+    """A donor's offer, and its state unless that is the `own` one."""
     stream = await network.open(donor, SERVICE, max_payload_bytes=CHUNK_BYTES)
     try:
         async with asyncio.timeout(DEADLINE_S):
@@ -117,6 +129,10 @@ async def _download(network: Network, stage: Stage, donor: PeerId) -> tuple[pb.S
         offer = pb.StateOffer.FromString(frame.header if frame else b"")
         if not offer.available:
             raise NoStateError(f"{donor[-8:]} has none to give yet")
+        if offer.version < at_least:
+            raise NoStateError(f"{donor[-8:]} is at version {offer.version} only")
+        if (offer.version, offer.sha256) == own:
+            return offer, None
         most = 4 * 4 * stage.values + ALLOWANCE_BYTES
         if offer.size_bytes > most:
             raise ProtocolError(donor, f"offers {offer.size_bytes} bytes, the stage takes at most {most}")

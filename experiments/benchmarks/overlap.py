@@ -48,7 +48,7 @@ SIDES = {
     "delayed": ("training.delayed_updates=true",),
     "waiting": ("training.delayed_updates=false",),
 }
-WARM_UP_TOKENS = 30_000
+WARM_UP_TOKENS, WARM_UP_STEPS = 30_000, 4
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def measure(side: str, mbit: float, seconds: float) -> dict[str, float]:
         metrics = Path(folder) / "overlap" / "metrics.jsonl"
         try:
             deadline_s = time.monotonic() + 300
-            while not (found := lines_of(metrics)) or found[-1]["progress/tokens"] < WARM_UP_TOKENS:
+            while not (found := lines_of(metrics)) or not _is_warm(side, found[-1]):
                 if process.poll() is not None or time.monotonic() > deadline_s:
                     raise SystemExit(f"the run did not begin: {(Path(folder) / 'log').read_text()[-1500:]}")
                 time.sleep(0.2)
@@ -92,6 +92,13 @@ def measure(side: str, mbit: float, seconds: float) -> dict[str, float]:
         "steps": last["progress/steps"] - first["progress/steps"],
         "averaging Mbit/s": (last["wire/averaging_bytes"] - first["wire/averaging_bytes"]) * 8e-6 / took_s,
     }
+
+
+def _is_warm(side: str, line: dict[str, float]) -> bool:
+    """Do both peers take part? The second one may have to load the first one's state over the link."""
+    if line["progress/tokens"] < WARM_UP_TOKENS or line["swarm/peers"] < 2:
+        return False
+    return side == "none" or (line["wire/averaging_bytes"] > 0 and line["progress/steps"] >= WARM_UP_STEPS)
 
 
 def main() -> None:
