@@ -93,7 +93,7 @@ def test_peers_that_begin_from_the_seed_do_not_send_each_other_their_state(caplo
         await sim.start_peer(1)
         await sim.until(lambda: any("loaded version" in message for message in caplog.messages))
 
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="swarm.state"):
         simulate(test)
 
 
