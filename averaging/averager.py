@@ -45,6 +45,7 @@ class Averager:
         mode: Mode = Mode.MEMBER,
         rank: int = 0,
         shapes: Sequence[Sequence[int]] = (),
+        auxiliaries: Callable[[], Collection[PeerId]] = tuple,
         rng: random.Random | None = None,
     ) -> None:
         """`peers` are the others that may take part; a step closes when the weights add up to `target`.
@@ -53,6 +54,7 @@ class Averager:
             bandwidth: of the uplink, in Mbit/s, until it has been measured; 0 if unknown.
             mode: a client cannot be dialled; an auxiliary only reduces, for others.
             rank: if not 0, matrices travel as so many columns and rows (`averaging.lowrank`).
+            auxiliaries: those of the others that only reduce; a step never waits for them.
             shapes: of the tensors that lie in the vector, one after the other; `rank` needs them.
 
         Raises ValueError for a mistake in the arguments.
@@ -79,6 +81,7 @@ class Averager:
             version=lambda: self.step,
             rng=rng or random.SystemRandom(),
             mode=mode,
+            auxiliaries=auxiliaries,
         )
 
     async def start(self) -> None:

@@ -38,7 +38,7 @@ from averaging.plan import (
 from averaging.repair import Holdings
 from averaging.round import Round
 from averaging.shares import Mode
-from averaging.wire import done_of, plan_message, repair_message, report_of
+from averaging.wire import MODES, done_of, plan_message, repair_message, report_of
 
 STEP_SERVICE, QUERY_SERVICE = "step", "step-query"
 ALIVE = pb.FromCoordinator(alive=True).SerializeToString()
@@ -85,6 +85,7 @@ class Coordinator:
         rules: StepRules,
         version: Callable[[], int],
         expected: Callable[[], Collection[PeerId]],
+        voters: Callable[[], Collection[PeerId]],
         reporting_to: Callable[[], PeerId],
         silent: Callable[[], Collection[PeerId]],
         pending: Callable[[bytes], bool],
@@ -92,11 +93,12 @@ class Coordinator:
         refresh: Callable[[], Awaitable[None]],
         rng: random.Random,
     ) -> None:
-        """`expected` are the live peers, this one included, as of the last `refresh`, and `silent` those that
-        have not answered lately; `reporting_to` is this peer's own coordinator, and `pending` whether it
-        still hears that of a plan; `suspect` hears of every dial that failed."""
+        """`expected` are the live peers, this one included, as of the last `refresh`, `voters` those of them
+        that are no auxiliaries, and `silent` those that have not answered lately; `reporting_to` is this
+        peer's own coordinator, and `pending` whether it still hears that of a plan; `suspect` hears of every
+        dial that failed."""
         self._network, self._rules, self._rng = network, rules, rng
-        self._version, self._expected = version, expected
+        self._version, self._expected, self._voters = version, expected, voters
         self._silent, self._reporting_to, self._pending = silent, reporting_to, pending
         self._suspect, self._refresh = suspect, refresh
         self._ballots: list[Ballot] = []
@@ -129,8 +131,11 @@ class Coordinator:
                 await self._refresh()  # a newcomer that announced itself a moment ago
             if peer not in self._expected():
                 raise ProtocolError(peer, "is not on the roster")
+            if self._network.peer_id not in self._voters():
+                raise ProtocolError(peer, "asks an auxiliary to coordinate")
             step = report.report.step
-            if step < self._version():
+            assists = report.report.mode == MODES.index(Mode.AUXILIARY)  # it follows, wherever it was
+            if step < self._version() or (assists and step > self._version() + 1):
                 await self._say(stream, pb.FromCoordinator(behind=self._version()))
                 return await self._linger(stream)
             ballot = self._ballot(step)
@@ -266,7 +271,7 @@ class Coordinator:
         decision = decide(
             ballot.reports,
             target=rules.target,
-            expected=self._expected(),
+            expected=self._voters(),
             silent=self._silent(),
             waited_s=0.0 if ballot.reached_s is None else loop.time() - ballot.reached_s,
             grace_s=rules.grace_s,
@@ -338,7 +343,7 @@ class Coordinator:
         assert ballot.plan is not None
         members = ballot.plan.members
         inside = [member for member in members if member.peer not in left_out]
-        if not has_quorum(holdings.alive, [member.peer for member in members]):
+        if not has_quorum(holdings.alive, ballot.plan.bringers):
             return "too few members are left"
         if sum(member.weight for member in inside) < self._rules.target:
             return "what is left weighs too little"
@@ -355,7 +360,7 @@ class Coordinator:
 
     async def _look_for(self, ballot: Ballot) -> None:
         """Ask live peers that have not reported here where they are, all at once."""
-        missing = [p for p in self._expected() if p not in ballot.reports]
+        missing = [p for p in self._voters() if p not in ballot.reports]
         await asyncio.gather(*(self._look_for_one(ballot, peer) for peer in missing))
 
     async def _look_for_one(self, ballot: Ballot, peer: PeerId) -> None:
@@ -402,7 +407,8 @@ class Coordinator:
             query = pb.StepQuery.FromString(frame.header)
         except DecodeError:
             raise LinkError(sender, "malformed step query") from None
-        info = pb.StepInfo(version=self._version(), coordinator=self._reporting_to())
+        known_version = self._version() if self._network.peer_id in self._voters() else 0
+        info = pb.StepInfo(version=known_version, coordinator=self._reporting_to())
         if query.plan:
             known = self._committed.get(query.plan)
             if known is not None:

@@ -5,7 +5,8 @@ missing from the sum of all, so the mean over many steps is the true one. A resi
 of the message that it is missing from, and shared out over the weight of the next: so a sum of gradients
 loses nothing when weights change, nor when a member that sent a piece to its reducer becomes the reducer of
 it. What loses nothing carries none: residuals wait for the next lossy message. A message of an abandoned
-round takes along what it carried of old residuals: rare, and never more than one message's error.
+round has its error sent again with the next, and takes along what it carried of old residuals: rare, and at
+most one message's error, which is small but for top-k.
 
 If int8 is the only lossy codec, residuals are kept in int8, too, a 254th of a step fine: a quarter of the
 vector's memory.

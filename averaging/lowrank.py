@@ -54,7 +54,8 @@ class LowRank:
             else:
                 self._rest.append(slice(start, stop))
         generator = torch.Generator().manual_seed(0)  # all begin with the same
-        self._q = [torch.randn(m.columns, rank, generator=generator) for m in self._matrices]
+        drawn = [torch.randn(m.columns, rank, generator=generator) for m in self._matrices]
+        self._q = [_orthonormal(each) for each in drawn]
         self._p: list[torch.Tensor] = []
         self._own_q: list[torch.Tensor] = []
         self._wanted, self._weight = torch.empty(0), 0.0
@@ -94,7 +95,8 @@ class LowRank:
                 left[part] = 0
             for (m, p), q in zip(self._by_matrix(self._p), self._own_q, strict=True):
                 m.of(left).sub_(p @ q.T)
-            self._left = left.mul_(self._weight)
+            if bool(torch.isfinite(left.mul_(self._weight).sum())):
+                self._left = left
         self._wanted = torch.empty(0)
         vector = torch.zeros(self.values)
         for (m, p), q in zip(self._by_matrix(self._p), means_q, strict=True):

@@ -7,7 +7,8 @@
         go on with the group's mean and the group's weight
 
 After the last round everybody holds the exact weighted mean (`averaging.grid`), or, if members were lost on
-the way, the mean of what they had sent. With one dimension one round does; a group of one needs none.
+the way, the mean of what they had sent. With one dimension and one pass one round does; a group of one needs
+none.
 Repairs run beside the rounds: also of groups that this peer has left behind, or only stands in for others.
 
 I/O through `ButterflyAllReduce`. Source: Moshpit SGD, arXiv:2103.03239, algorithm 1; repairs are ours.
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 from averaging.allreduce import ButterflyAllReduce, OpenRound
+from averaging.errors import RoundAbandonedError
 from averaging.network import PeerId
 from averaging.plan import Plan
 from averaging.reduction import Means
@@ -78,7 +80,7 @@ class Rounds:
         self._lines: list[_Line] = []  # by round
         for number in range(plan.rounds):
             round_ = first_round(plan, me, number, rules=all_reduce.rules)
-            means = Means(round_.values)
+            means = _room_for(round_.values)
             opened = [all_reduce.meet(round_, means)] if len(round_.members) > 1 else []
             brought = asyncio.get_running_loop().create_future()
             self._lines.append(_Line(round_.line, means, opened, brought))
@@ -118,7 +120,7 @@ class Rounds:
         done = await attempt.run(vector, weight)
         await self._say(done)
         if done.line == line.number and not (done.missing and self._receives):
-            line.means.settled = True
+            line.means.settled = self._receives  # an auxiliary may have to pass on what it reduces
             line.complete.set()
 
     def close(self) -> None:
@@ -128,3 +130,11 @@ class Rounds:
         for line in self._lines:
             for attempt in line.opened:
                 attempt.close()
+
+
+def _room_for(values: int) -> Means:
+    """Raises RoundAbandonedError: an auxiliary does not know beforehand how much there is."""
+    try:
+        return Means(values)
+    except (RuntimeError, MemoryError) as error:
+        raise RoundAbandonedError(f"no memory for {values} values: {error}") from None

@@ -37,7 +37,7 @@ from averaging.errors import (
     RoundAbandonedError,
 )
 from averaging.moshpit import Averaged, Contribution, Rounds
-from averaging.network import Network, PeerId, Stream, kept_alive
+from averaging.network import LOOKS, Network, PeerId, Stream, kept_alive
 from averaging.plan import Pass, Plan, Report, StepRules, check_plan, coordinator_order, has_quorum
 from averaging.round import Done
 from averaging.shares import Mode
@@ -113,12 +113,14 @@ class Participant:
         version: Callable[[], int],
         rng: random.Random,
         mode: Mode = Mode.MEMBER,
+        auxiliaries: Callable[[], Collection[PeerId]] = tuple,
     ) -> None:
         """`name` is shared by all who average together; `roster` are the others that live, as of the last
-        `refresh_roster`; `version` counts the steps that this peer has applied; `rng` names plans."""
+        `refresh_roster`; `version` counts the steps that this peer has applied; `rng` names plans;
+        `auxiliaries` are those on the roster that only reduce: they close no steps, and have no say."""
         self._network, self._all_reduce, self._rules, self._name = network, all_reduce, rules, name
         self._roster, self._refresh_roster, self._version = roster, refresh_roster, version
-        self._mode = mode
+        self._mode, self._auxiliaries = mode, auxiliaries
         self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
         self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
         self._seen_plans: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
@@ -130,6 +132,7 @@ class Participant:
             rules=rules,
             version=version,
             expected=self.live,
+            voters=self.voters,
             reporting_to=lambda: self.reporting_to,
             silent=self._silent,
             pending=lambda plan: plan == self._pending,
@@ -154,6 +157,10 @@ class Participant:
             step, coordinator = self._version(), moved_to or self._next_coordinator()
             moved_to = None
             try:
+                if coordinator is None:
+                    await asyncio.sleep(self._rules.silence_s / LOOKS)
+                    await self._refresh_roster()
+                    continue
                 return await self._step_with(coordinator, step, contributor)
             except MovedError as moved:
                 moved_to = moved.coordinator
@@ -178,6 +185,11 @@ class Participant:
         me = self._network.peer_id
         return [*(p for p in self._roster() if p not in self._dead_s and p != me), me]
 
+    def voters(self) -> list[PeerId]:
+        """Those of them that have a vector of their own."""
+        helping = {*self._auxiliaries(), *([self._network.peer_id] if self._mode is Mode.AUXILIARY else [])}
+        return [peer for peer in self.live() if peer not in helping]
+
     def _suspect(self, error: LinkError) -> None:
         """A dial failed: its peer is dead, or cannot be reached from here for now."""
         if error.peer != self._network.peer_id:
@@ -190,12 +202,13 @@ class Participant:
         self._unreachable_s = {p: at for p, at in self._unreachable_s.items() if at > recent_s}
         return self._unreachable_s.keys()
 
-    def _next_coordinator(self) -> PeerId:
+    def _next_coordinator(self) -> PeerId | None:
+        """None if there is nobody an auxiliary could help."""
         silent = self._silent()
-        reachable = [peer for peer in self.live() if peer not in silent]
+        reachable = [peer for peer in self.voters() if peer not in silent]
         if self._mode is Mode.CLIENT and len(reachable) > 1:
             reachable.remove(self._network.peer_id)  # nobody could report to it
-        return coordinator_order(reachable, name=self._name, step=self._version())[0]
+        return next(iter(coordinator_order(reachable, name=self._name, step=self._version())), None)
 
     # one step
 
@@ -402,7 +415,7 @@ class Participant:
     def _is_enough(self, plan: Plan, undecided: Collection[PeerId]) -> bool:
         """Can those who promised not to commit `plan` do without an answer of the rest?"""
         promised = [peer for peer in plan.by_peer if peer not in undecided]
-        return not undecided or (not self._rules.strict and has_quorum(promised, list(plan.by_peer)))
+        return not undecided or (not self._rules.strict and has_quorum(promised, plan.bringers))
 
     async def _ask_all(self, peers: Collection[PeerId], plan: Plan) -> dict[PeerId, pb.StepInfo]:
         """What they know of the plan; once there are enough answers, the others have little time left."""

@@ -95,8 +95,7 @@ class Plan:
     def grid(self) -> Grid:
         """Who sits where, and so the groups of every round; the same for everybody who has the plan."""
         helpers = [member.peer for member in self.members if member.mode is Mode.AUXILIARY]
-        bringers = [member.peer for member in self.members if member.mode is not Mode.AUXILIARY]
-        return seat(bringers, group_size=self.group_size, key=self.key, helpers=helpers)
+        return seat(self.bringers, group_size=self.group_size, key=self.key, helpers=helpers)
 
     @property
     def rounds(self) -> int:
@@ -106,6 +105,11 @@ class Plan:
     def line_of(self, number: int, group: Group) -> int:
         """The number of a group's line among those of all rounds."""
         return number // self.grid.dimensions * self.grid.dimensions * len(self.grid.cells) + group.line
+
+    @cached_property
+    def bringers(self) -> list[PeerId]:
+        """The members that bring a vector and want the mean: all but auxiliaries."""
+        return [member.peer for member in self.members if member.mode is not Mode.AUXILIARY]
 
     @property
     def weight(self) -> float:
@@ -192,6 +196,8 @@ def check_plan(plan: Plan, *, me: PeerId, step: int, mine: Report, roster: Colle
     """Why a member that has reported `mine` should refuse `plan`, or None if it is fine."""
     if plan.step != step:
         return f"the plan closes step {plan.step}, this is step {step}"
+    if not plan.bringers:
+        return "nobody in it brings anything"
     if not plan.passes or mine.passes not in ((), plan.passes):
         return f"it averages {plan.passes}, this peer has {mine.passes}"
     if len(plan.by_peer) < len(plan.members):

@@ -71,7 +71,8 @@ class Holdings:
     @property
     def complete(self) -> bool:
         """Do all living members hold the whole mean?"""
-        return not self.failed and all(self._has_ended(peer) for peer in self._alive)
+        wanted = any(peer in self._alive for peer in self._plan.bringers)
+        return wanted and not self.failed and all(self._has_ended(peer) for peer in self._alive)
 
     def _has_ended(self, peer: PeerId) -> bool:
         done = self._of[peer][-1].done.get(peer)
@@ -108,6 +109,8 @@ class Holdings:
         del self._alive[peer]
         if self._plan.strict:
             self.failed = f"lost {peer[-8:]}"
+        elif not any(peer in self._alive for peer in self._plan.bringers):
+            self.failed = "nobody is left who wants the mean"
         return self._repeat(line for line in self._lines.values() if peer in line.members)
 
     def _repeat(self, lines: Iterable[_Line]) -> list[Round]:
@@ -185,7 +188,7 @@ class Holdings:
         wanting = [p for p in self._living(line) if p in before.receivers]
         passed: dict[PeerId, list[Slice]] = {}
         lost: list[Slice] = []
-        for reducer in sorted({r for peer in wanting for r in line.done[peer].missing}):
+        for reducer in sorted({r for peer in wanting for r in line.done[peer].missing if r in before.work}):
             pieces = before.work[reducer].pieces
             held = {p: self._held(p, reducer, line, len(pieces)) for p in {*wanting, *reducers}}
             holder = max(reducers, key=lambda peer: held[peer])

@@ -37,6 +37,7 @@ def report_of(message: pb.StepReport, sender: PeerId) -> Report:
         and 0 <= message.bandwidth < math.inf
         and message.mode < len(MODES)
         and bool(message.passes) != (MODES[message.mode] is Mode.AUXILIARY)
+        and (message.weight == 0 or MODES[message.mode] is not Mode.AUXILIARY)
     )
     if not fine:
         raise ProtocolError(sender, f"report of weight {message.weight:g} for step {message.step}")

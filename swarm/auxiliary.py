@@ -30,6 +30,7 @@ from swarm.membership import Membership
 from swarm.records import MAX_ADDRESSES, PeerRecord
 from swarm.update import step_rules
 
+PAUSE_S = 0.2
 log = logging.getLogger(__name__)
 
 
@@ -74,6 +75,7 @@ class Auxiliary:
             version=lambda: self.version,
             rng=rng or random.SystemRandom(),
             mode=Mode.AUXILIARY,
+            auxiliaries=self.membership.auxiliaries,
         )
 
     async def join(self) -> None:
@@ -96,11 +98,13 @@ class Auxiliary:
                 self.counters["averaging_bytes"] += mean.sent_bytes
                 self.counters["assisted_steps"] += 1
             except BehindError as error:
-                self.version = self.version if error.version is None else error.version
+                before, self.version = self.version, self.version if error.version is None else error.version
+                if self.version <= before:
+                    await asyncio.sleep(PAUSE_S)  # the others may disagree for a moment
             self._participant.coordinator.step_closed(self.version)
 
     async def leave(self) -> None:
-        """Withdraw; a plan under way loses its part, and is repaired."""
+        """Withdraw; a plan under way is repaired, or in strict mode closed anew."""
         steps, sent_bytes = self.counters["assisted_steps"], self.counters["averaging_bytes"]
         log.info("leaving: reduced in %d steps, sent %.1f MB", steps, sent_bytes / 1e6)
         await self.membership.withdraw()

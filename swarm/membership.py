@@ -33,6 +33,10 @@ class Membership:
         self._record, self._period_s = record, period_s
         self.others: dict[PeerId, PeerRecord] = {}  # as of the last `read`
 
+    def auxiliaries(self) -> list[PeerId]:
+        """Those of the others that only reduce."""
+        return [peer for peer, record in self.others.items() if record.aggregates_only]
+
     async def enter(self) -> None:
         """Be found from now on. Raises LinkError."""
         await self._directory.announce(self._record())

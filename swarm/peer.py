@@ -5,7 +5,7 @@
     announce; from now on, side by side:
         serve hops, watch streams, state and averaging     (handlers on the network)
         close one step after the other                     (`Updater.run`)
-        announce again, read the roster                    (`_announce`)
+        announce again, read the roster                    (`Membership.keep`)
     leave: withdraw the record, refuse new hops, say goodbye to the trainers
 
 I/O: everything on one event loop but torch, which the compute thread owns. The same class runs in virtual
@@ -92,6 +92,7 @@ class Peer:
             roster=self.membership.others.keys,
             refresh_roster=self.membership.read,
             refetch=self._refetch,
+            auxiliaries=self.membership.auxiliaries,
             rng=self._rng,
             uplink=self._uplink,
             on_step=self._on_step,

@@ -42,7 +42,7 @@ class PeerOptions:
 
 async def serve(options: PeerOptions) -> int:
     """Serve until cancelled. Raises UserError."""
-    device = _device(options.device)
+    device = "" if options.aggregate_only else _device(options.device)
     keep_freed_memory()
     threads = options.threads or torch.get_num_threads()
     spread_over(1)  # the event loop, whose decoding must not take cores from `compute`

@@ -84,12 +84,13 @@ class Updater:
         roster: Callable[[], Collection[PeerId]],
         refresh_roster: Callable[[], Awaitable[None]],
         refetch: Callable[[], Awaitable[bool]],
+        auxiliaries: Callable[[], Collection[PeerId]] = tuple,
         rng: random.Random,
         uplink: UplinkMeter | None = None,
         on_step: Callable[[AppliedStep], None] = lambda done: None,
     ) -> None:
         """`roster` are the live peers of the stage without this one, as of the last `refresh_roster`;
-        `refetch` loads a donor's state, if there is one."""
+        `auxiliaries` those of them that only reduce; `refetch` loads a donor's state, if there is one."""
         self._stage, self._compute, self._server = stage, compute, server
         self._config, self._refetch, self._on_step = config, refetch, on_step
         self._frozen_ids: tuple[bytes, ...] = ()  # microbatches in what was frozen last
@@ -110,6 +111,7 @@ class Updater:
             refresh_roster=refresh_roster,
             version=lambda: stage.version,
             rng=rng,
+            auxiliaries=auxiliaries,
         )
         server.on_progress = self.changed.set
 

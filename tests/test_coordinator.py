@@ -21,6 +21,7 @@ def test_who_is_missing_is_waited_for_anew_when_the_target_is_lost_and_reached_a
             rules=rules,
             version=lambda: 0,
             expected=lambda: ["a", "b", "c"],
+            voters=lambda: ["a", "b", "c"],
             reporting_to=lambda: "a",
             silent=lambda: [],
             pending=lambda plan: False,

@@ -128,3 +128,9 @@ def test_the_last_pieces_of_a_slice_are_small_and_none_is_above_the_bound():
         sizes = [len(p) for p in pieces(Slice(0, 512 * blocks), 512 * 300, 512)]
         assert sum(sizes) == 512 * blocks and max(sizes) <= 512 * 300
         assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= 512 * 32
+
+
+def test_a_plan_of_auxiliaries_alone_is_refused():
+    reports = {"a": Report(0.0, b"12345678", mode=Mode.AUXILIARY)}
+    plan = make_plan(step=3, coordinator="a", reports=reports, nonce=b"n", rules=RULES)
+    assert "nobody" in check_plan(plan, me="a", step=3, mine=reports["a"], roster=["a"])

@@ -13,6 +13,7 @@ from averaging.memory_network import Link, MemoryHub
 from averaging.plan import Pass, Report, StepRules, make_plan
 from averaging.repair import Holdings
 from averaging.round import Done, first_round
+from averaging.shares import Mode
 
 VALUES, STEPS, RATE = 300_000, 4, 2e6  # a round takes about 1.3 s
 
@@ -154,3 +155,30 @@ def test_survivors_of_kills_hold_the_same_mean(seed, size, group_size):
 @pytest.mark.parametrize("size,group_size", [(4, 16), (7, 16), (9, 3), (13, 4)])
 def test_survivors_of_all_kinds_of_faults_hold_the_same_mean(seed, size, group_size):
     holds(seed, size=size, group_size=group_size, faults=2, kinds=["kill", "hang", "cut"])
+
+
+def with_auxiliaries(members, helpers):
+    names = [f"m{i}" for i in range(members)]
+    reports = {name: Report(1.0, bytes(8), (Pass(VALUES),)) for name in names}
+    reports |= {f"x{i}": Report(0.0, bytes(8), mode=Mode.AUXILIARY) for i in range(helpers)}
+    rules = StepRules(target=1, max_weight=10)
+    plan = make_plan(step=0, coordinator="x0", reports=reports, nonce=b"n", rules=rules)
+    return plan, Holdings(plan, rules)
+
+
+def test_auxiliaries_alone_do_not_carry_a_plan_to_its_end():
+    plan, holdings = with_auxiliaries(2, 3)
+    for name in ("x0", "x1", "x2"):
+        holdings.take(name, Done(0, 0))
+    for name in plan.bringers:
+        assert not holdings.complete
+        holdings.lose(name)
+    assert not holdings.complete and "nobody is left" in holdings.failed
+
+
+def test_pieces_missing_from_somebody_who_reduces_nothing_hurt_only_who_says_so():
+    _, holdings = with_auxiliaries(3, 1)
+    for name in ("m0", "m1", "x0"):
+        assert not holdings.take(name, Done(0, 0))
+    for repair in holdings.take("m2", Done(0, 0, missing={"nobody": 0})):
+        assert not any(work.pieces for work in repair.work.values())
