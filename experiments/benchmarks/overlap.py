@@ -1,6 +1,6 @@
 """Do delayed updates hide averaging? One stage on two peers, over a link that averaging fills.
 
-    python -m experiments.benchmarks.overlap [--mbit 40] [--seconds 40] [--rounds 3] [--json]      needs root
+    python -m experiments.benchmarks.overlap [--mbit 16] [--seconds 40] [--rounds 3] [--json]      needs root
 
 The product's own `swarm run` in a network namespace whose loopback carries so many Mbit/s, three times:
 
@@ -34,7 +34,7 @@ data: {source: stdlib}
 training:
   sequence_tokens: 256
   microbatch_sequences: 2
-  target_batch_tokens: 8192
+  target_batch_tokens: 16384
   steps: 1000000
   eval_every: 1000000
   eval_microbatches: 1
@@ -48,7 +48,7 @@ SIDES = {
     "delayed": ("training.delayed_updates=true",),
     "waiting": ("training.delayed_updates=false",),
 }
-WARM_UP_TOKENS, WARM_UP_STEPS = 30_000, 4
+WARM_UP_TOKENS, WARM_UP_STEPS = 30_000, 2
 
 
 @contextlib.contextmanager
@@ -104,7 +104,7 @@ def _is_warm(side: str, line: dict[str, float]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--mbit", type=float, default=40)
+    parser.add_argument("--mbit", type=float, default=16)
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
