@@ -54,8 +54,8 @@ class Averager:
             bandwidth: of the uplink, in Mbit/s, until it has been measured; 0 if unknown.
             mode: a client cannot be dialled; an auxiliary only reduces, for others.
             rank: if not 0, matrices travel as so many columns and rows (`averaging.lowrank`).
-            auxiliaries: those of the others that only reduce; a step never waits for them.
             shapes: of the tensors that lie in the vector, one after the other; `rank` needs them.
+            auxiliaries: those of the others that only reduce; a step never waits for them.
 
         Raises ValueError for a mistake in the arguments.
         """
@@ -92,8 +92,8 @@ class Averager:
         """The mean of [values] float32 vectors by weight, bit-identical on all members. Not for auxiliaries.
 
         Raises BehindError if the others have closed this step without this member: the next call takes part
-        in theirs, for a model that is as far as theirs. Raises ValueError for a
-        weight that is negative or above the target.
+        in theirs, for a model that is as far as theirs. Raises ValueError for a weight that is negative or
+        above the target.
         """
         if not 0 <= weight <= self._rules.target:
             raise ValueError(f"weight {weight} is not between 0 and the target {self._rules.target}")
@@ -113,7 +113,8 @@ class Averager:
         try:
             mean = await self._participant.close_step(given)
         except BehindError as error:
-            self.step = self.step if error.version is None else error.version
+            if error.version is not None:
+                self.step = error.version
             raise
         self.step += 1
         self._participant.coordinator.step_closed(self.step)

@@ -116,6 +116,11 @@ class Coordinator:
     def close(self) -> None:
         self._queries.close()
 
+    @property
+    def _has_a_say(self) -> bool:
+        """An auxiliary closes no steps, and what version it is at says nothing."""
+        return self._network.peer_id in self._voters()
+
     # one reporter
 
     async def _attend(self, stream: Stream) -> None:
@@ -131,7 +136,7 @@ class Coordinator:
                 await self._refresh()  # a newcomer that announced itself a moment ago
             if peer not in self._expected():
                 raise ProtocolError(peer, "is not on the roster")
-            if self._network.peer_id not in self._voters():
+            if not self._has_a_say:
                 raise ProtocolError(peer, "asks an auxiliary to coordinate")
             step = report.report.step
             assists = report.report.mode == MODES.index(Mode.AUXILIARY)  # it follows, wherever it was
@@ -407,8 +412,8 @@ class Coordinator:
             query = pb.StepQuery.FromString(frame.header)
         except DecodeError:
             raise LinkError(sender, "malformed step query") from None
-        known_version = self._version() if self._network.peer_id in self._voters() else 0
-        info = pb.StepInfo(version=known_version, coordinator=self._reporting_to())
+        version = self._version() if self._has_a_say else 0
+        info = pb.StepInfo(version=version, coordinator=self._reporting_to())
         if query.plan:
             known = self._committed.get(query.plan)
             if known is not None:

@@ -60,10 +60,11 @@ class LowRank:
         self._own_q: list[torch.Tensor] = []
         self._wanted, self._weight = torch.empty(0), 0.0
         self._left = torch.zeros(self.values)  # times the weight of what it is missing from
-        rows = rank * sum(m.rows for m in self._matrices)
-        columns = rank * sum(m.columns for m in self._matrices)
-        second = Pass(columns + sum(part.stop - part.start for part in self._rest))
-        self.passes: tuple[Pass, ...] = (Pass(rows), second) if self._matrices else (second,)
+        self._first = [m.rows * rank for m in self._matrices]  # values of every P
+        rest = [part.stop - part.start for part in self._rest]
+        self._second = [*(m.columns * rank for m in self._matrices), *rest]  # of every Q, and as they are
+        each = [self._first, self._second] if self._matrices else [self._second]
+        self.passes = tuple(Pass(sum(sizes)) for sizes in each)
 
     def first(self, vector: torch.Tensor, weight: float) -> torch.Tensor:
         """What to average of `vector` ([values] float32) in the first pass, or in the only one."""
@@ -76,8 +77,7 @@ class LowRank:
 
     def second(self, mean: torch.Tensor) -> torch.Tensor:
         """What to average in the second pass, from the mean of the first."""
-        sketches = mean.split([m.rows * self._rank for m in self._matrices])
-        self._p = [_orthonormal(each.view(-1, self._rank)) for each in sketches]
+        self._p = [_orthonormal(each.view(-1, self._rank)) for each in mean.split(self._first)]
         self._own_q = [m.of(self._wanted).T @ p for m, p in self._by_matrix(self._p)]
         rest = [self._wanted[part] for part in self._rest]
         return torch.cat([*(q.reshape(-1) for q in self._own_q), *rest])
@@ -86,9 +86,8 @@ class LowRank:
         """The mean vector ([values] float32) from that of the last pass; `counted` if the own is in it."""
         if not self._matrices:
             return mean
-        sizes = [m.columns * self._rank for m in self._matrices]
-        parts = mean.split([*sizes, *(part.stop - part.start for part in self._rest)])
-        means_q = [each.view(-1, self._rank) for each in parts[: len(sizes)]]
+        count, parts = len(self._matrices), mean.split(self._second)
+        means_q = [each.view(-1, self._rank) for each in parts[:count]]
         if counted and self._weight:
             left = self._wanted
             for part in self._rest:
@@ -102,7 +101,7 @@ class LowRank:
         for (m, p), q in zip(self._by_matrix(self._p), means_q, strict=True):
             for column in range(self._rank):  # not a matrix product: processors sum in different orders
                 m.of(vector).add_(p[:, column, None] * q[:, column])
-        for part, values in zip(self._rest, parts[len(sizes) :], strict=True):
+        for part, values in zip(self._rest, parts[count:], strict=True):
             vector[part] = values
         self._q = [_restarted(q) for q in means_q]
         return vector

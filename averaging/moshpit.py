@@ -8,8 +8,8 @@
 
 After the last round everybody holds the exact weighted mean (`averaging.grid`), or, if members were lost on
 the way, the mean of what they had sent. With one dimension and one pass one round does; a group of one needs
-none.
-Repairs run beside the rounds: also of groups that this peer has left behind, or only stands in for others.
+none. Repairs run beside the rounds: also of groups that this peer has left behind, or only stands in for
+others.
 
 I/O through `ButterflyAllReduce`. Source: Moshpit SGD, arXiv:2103.03239, algorithm 1; repairs are ours.
 """
@@ -36,8 +36,8 @@ class Contribution:
     vector: torch.Tensor  # [values] float32 of the first pass
     weight: float
     ids: Collection[bytes] = ()  # 16 bytes each; no id may be in one mean twice
-    then: Callable[[torch.Tensor], Awaitable[torch.Tensor]] | None = None  # what it brings to the next pass,
-    # from the mean of the one before
+    # What it brings to the next pass, from the mean of the one before; None if there is one pass.
+    then: Callable[[torch.Tensor], Awaitable[torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

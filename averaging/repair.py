@@ -71,8 +71,7 @@ class Holdings:
     @property
     def complete(self) -> bool:
         """Do all living members hold the whole mean?"""
-        wanted = any(peer in self._alive for peer in self._plan.bringers)
-        return wanted and not self.failed and all(self._has_ended(peer) for peer in self._alive)
+        return not self.failed and all(self._has_ended(peer) for peer in self._alive)
 
     def _has_ended(self, peer: PeerId) -> bool:
         done = self._of[peer][-1].done.get(peer)

@@ -56,11 +56,14 @@ class Round:
 
     def codec_of(self, part: Slice) -> Codec:
         """How members send a part."""
-        return FLOAT16 if self.codec.lossy and part.start >= self.fine_from else self.codec
+        return self._fine_enough(self.codec, part)
 
     def mean_codec_of(self, part: Slice) -> Codec:
         """How reducers send a mean."""
-        return FLOAT16 if self.mean_codec.lossy and part.start >= self.fine_from else self.mean_codec
+        return self._fine_enough(self.mean_codec, part)
+
+    def _fine_enough(self, codec: Codec, part: Slice) -> Codec:
+        return FLOAT16 if codec.lossy and part.start >= self.fine_from else codec
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ I/O: everything on one event loop. Source: DeDLOC, arXiv:2106.10207, section 3.2
 import asyncio
 import logging
 import random
-import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -53,16 +52,16 @@ class Auxiliary:
         uplink: UplinkMeter | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        self._peer_id, self._stage, self._name, self._addresses = network.peer_id, stage, name, addresses
+        self._stage, self._name = stage, name
         self.version, self.changed = 0, asyncio.Event()
         self.counters: Counter[str] = Counter()
         self._uplink = uplink or UplinkMeter()
+        addresses = addresses[:MAX_ADDRESSES]
+        record = PeerRecord(
+            peer=network.peer_id, stage=stage, addresses=addresses, name=name, aggregates_only=True
+        )
         self.membership = Membership(
-            directory,
-            peer=network.peer_id,
-            stage=stage,
-            record=self._record,
-            period_s=config.network.announce_s,
+            directory, record, progress=lambda: (self.version, 0.0), period_s=config.network.announce_s
         )
         rules = step_rules(config)
         self._participant = Participant(
@@ -98,8 +97,9 @@ class Auxiliary:
                 self.counters["averaging_bytes"] += mean.sent_bytes
                 self.counters["assisted_steps"] += 1
             except BehindError as error:
-                before, self.version = self.version, self.version if error.version is None else error.version
-                if self.version <= before:
+                told = self.version if error.version is None else error.version
+                known, self.version = self.version, told
+                if told <= known:
                     await asyncio.sleep(PAUSE_S)  # the others may disagree for a moment
             self._participant.coordinator.step_closed(self.version)
 
@@ -122,17 +122,6 @@ class Auxiliary:
             "uplink_bytes_per_s": round(self._uplink.reported),
             **self.counters,
         }
-
-    def _record(self) -> PeerRecord:
-        return PeerRecord(
-            peer=self._peer_id,
-            stage=self._stage,
-            addresses=self._addresses[:MAX_ADDRESSES],
-            name=self._name,
-            version=self.version,
-            announced_s=time.time(),
-            aggregates_only=True,
-        )
 
     # what the participant asks
 

@@ -5,6 +5,7 @@ I/O: the directory.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from averaging.errors import LinkError
@@ -22,15 +23,14 @@ class Membership:
     def __init__(
         self,
         directory: Directory,
+        own: PeerRecord,
         *,
-        peer: PeerId,
-        stage: int,
-        record: Callable[[], PeerRecord],
+        progress: Callable[[], tuple[int, float]],
         period_s: float,
     ) -> None:
-        """`record` says what to announce now."""
-        self._directory, self._peer, self._stage = directory, peer, stage
-        self._record, self._period_s = record, period_s
+        """`own` is what to announce but for `progress`: the version, and tokens per second."""
+        self._directory, self._own = directory, own
+        self._progress, self._period_s = progress, period_s
         self.others: dict[PeerId, PeerRecord] = {}  # as of the last `read`
 
     def auxiliaries(self) -> list[PeerId]:
@@ -44,9 +44,9 @@ class Membership:
 
     async def read(self) -> None:
         """Who else is there? Raises LinkError."""
-        records = await self._directory.roster(self._stage)
+        records = await self._directory.roster(self._own.stage)
         self.others.clear()
-        self.others.update({record.peer: record for record in records if record.peer != self._peer})
+        self.others.update({record.peer: record for record in records if record.peer != self._own.peer})
 
     async def keep(self) -> None:
         """Renew the record and read the roster, every period, until cancelled."""
@@ -64,3 +64,8 @@ class Membership:
                 await self._directory.withdraw(self._record())
         except (LinkError, TimeoutError):
             log.info("the record could not be withdrawn; it expires by itself")
+
+    def _record(self) -> PeerRecord:
+        version, tokens_per_s = self._progress()
+        now = {"version": version, "tokens_per_s": round(tokens_per_s, 1), "announced_s": time.time()}
+        return self._own.model_copy(update=now)

@@ -59,15 +59,13 @@ class Peer:
     ) -> None:
         self._network, self._compute, self.config = network, compute, config
         self._run, self._stage_number, self._device, self._name = run, stage, device, name
-        self._addresses, self._clock, self._on_step = addresses, clock, on_step
+        self._clock, self._on_step = clock, on_step
         self._uplink = uplink or UplinkMeter()
         self._rng = rng or random.SystemRandom()
+        addresses = addresses[:MAX_ADDRESSES]
+        record = PeerRecord(peer=network.peer_id, stage=stage, addresses=addresses, name=name)
         self.membership = Membership(
-            directory,
-            peer=network.peer_id,
-            stage=stage,
-            record=self._record,
-            period_s=config.network.announce_s,
+            directory, record, progress=self._progress, period_s=config.network.announce_s
         )
         self._tokens_seen, self._tokens_at_s = 0.0, clock()
         self._tokens_per_s = 0.0
@@ -168,24 +166,13 @@ class Peer:
             device=self._device,
         )
 
-    def _record(self) -> PeerRecord:
-        self._measure()
-        return PeerRecord(
-            peer=self._network.peer_id,
-            stage=self._stage_number,
-            addresses=self._addresses[:MAX_ADDRESSES],
-            name=self._name,
-            version=self.stage.version,
-            tokens_per_s=round(self._tokens_per_s, 1),
-            announced_s=time.time(),
-        )
-
-    def _measure(self) -> None:
-        """Tokens per second over the last period, smoothed."""
+    def _progress(self) -> tuple[int, float]:
+        """The version, and tokens per second since the last call, smoothed."""
         now_s, tokens = self._clock(), float(self.server.counters["tokens"])
         rate = (tokens - self._tokens_seen) / max(1e-6, now_s - self._tokens_at_s)
         self._tokens_per_s += 0.3 * (rate - self._tokens_per_s)
         self._tokens_seen, self._tokens_at_s = tokens, now_s
+        return self.stage.version, self._tokens_per_s
 
     async def _refetch(self) -> bool:
         """The stage has gone on without this peer: load what it has become."""

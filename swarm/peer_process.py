@@ -75,8 +75,8 @@ async def serve(options: PeerOptions) -> int:
             peer = Auxiliary(**place)
         else:
             peer = Peer(**place, compute=ComputeThread(threads), device=device)
-        task = "averaging of" if options.aggregate_only else f"on {device},"
-        log.info("run %s (%s), %s stage %d", config.name, manifest.run, task, stage)
+        work = f"averaging for stage {stage}" if options.aggregate_only else f"stage {stage} on {device}"
+        log.info("run %s (%s), %s", config.name, manifest.run, work)
         await peer.join()
         log.info("others may also join through %s", best_address(here.addresses))
         sender = MetricsSender(here.network, manifest.organizer, kind="peer", values=peer.metrics)

@@ -71,7 +71,7 @@ class StateServer:
 
         def snapshot() -> tuple[int, bytes]:
             if self._snapshot is None or self._snapshot[0] != self._stage.version:
-                self._snapshot = self._stage.version, safetensors.torch.save(self._stage.state())
+                self._snapshot = self._stage.version, _serialized(self._stage)
             return self._snapshot
 
         return await asyncio.wrap_future(self._compute.submit(Priority.STEP, snapshot))
@@ -88,13 +88,10 @@ async def fetch_state(
     Raises:
         LinkError: none gave its state, and at least one could not be asked: it may have one.
     """
-    if not donors:
-        return False
     unheard: LinkError | None = None
-    own = await asyncio.wrap_future(compute.submit(Priority.STEP, lambda: _fingerprint(stage)))
     for donor in donors:
         try:
-            offer, data = await _download(network, stage, donor, at_least, own)
+            offer, data = await _download(network, stage, compute, donor, at_least)
             if data is None:
                 log.info("%s holds the same state of version %d", donor[-8:], offer.version)
                 return True
@@ -113,14 +110,14 @@ async def fetch_state(
     return False
 
 
-def _fingerprint(stage: Stage) -> tuple[int, bytes]:
-    return stage.version, hashlib.sha256(safetensors.torch.save(stage.state())).digest()
+def _serialized(stage: Stage) -> bytes:
+    return safetensors.torch.save(stage.state())
 
 
 async def _download(
-    network: Network, stage: Stage, donor: PeerId, at_least: int, own: tuple[int, bytes]
+    network: Network, stage: Stage, compute: Compute, donor: PeerId, at_least: int
 ) -> tuple[pb.StateOffer, bytearray | None]:
-    """A donor's offer, and its state unless that is the `own` one."""
+    """A donor's offer, and its state unless the stage has the same."""
     stream = await network.open(donor, SERVICE, max_payload_bytes=CHUNK_BYTES)
     try:
         async with asyncio.timeout(DEADLINE_S):
@@ -131,8 +128,10 @@ async def _download(
             raise NoStateError(f"{donor[-8:]} has none to give yet")
         if offer.version < at_least:
             raise NoStateError(f"{donor[-8:]} is at version {offer.version} only")
-        if (offer.version, offer.sha256) == own:
-            return offer, None
+        if offer.version == stage.version:
+            own = await asyncio.wrap_future(compute.submit(Priority.STEP, lambda: _serialized(stage)))
+            if hashlib.sha256(own).digest() == offer.sha256:
+                return offer, None
         most = 4 * 4 * stage.values + ALLOWANCE_BYTES
         if offer.size_bytes > most:
             raise ProtocolError(donor, f"offers {offer.size_bytes} bytes, the stage takes at most {most}")

@@ -29,7 +29,7 @@ def averaging_of(name: str) -> list[str]:
     """The settings of the run file behind a name."""
     if name.startswith("rank"):
         return [f"averaging.rank={name.removeprefix('rank')}", "averaging.codec=float16"]
-    return [f"averaging.codec={name.replace('reference', 'float32')}"]
+    return [f"averaging.codec={'float32' if name == 'reference' else name}"]
 
 
 def main() -> None:

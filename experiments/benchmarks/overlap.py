@@ -14,6 +14,7 @@ does. The sides take turns, `--rounds` times; medians are reported.
 
 import argparse
 import contextlib
+import functools
 import os
 import statistics
 import subprocess
@@ -24,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.benchmarks.links import end_unless_permitted, sh
-from experiments.benchmarks.pipeline import lines_of
+from experiments.benchmarks.pipeline import lines_of, wait_for
 from experiments.benchmarks.report import report
 
 RUN = """
@@ -65,7 +66,7 @@ def slow_loopback(mbit: float) -> Iterator[str]:
 
 
 def measure(side: str, mbit: float, seconds: float) -> dict[str, float]:
-    """Tokens/s and steps/s of one run."""
+    """Tokens per second and steps of one run."""
     with slow_loopback(mbit) as name, tempfile.TemporaryDirectory() as folder:
         run_file = Path(folder) / "run.yaml"
         run_file.write_text(RUN)
@@ -75,12 +76,7 @@ def measure(side: str, mbit: float, seconds: float) -> dict[str, float]:
             process = subprocess.Popen(["ip", "netns", "exec", name, *run], stdout=log, stderr=log)
         metrics = Path(folder) / "overlap" / "metrics.jsonl"
         try:
-            deadline_s = time.monotonic() + 300
-            while not (found := lines_of(metrics)) or not _is_warm(side, found[-1]):
-                if process.poll() is not None or time.monotonic() > deadline_s:
-                    raise SystemExit(f"the run did not begin: {(Path(folder) / 'log').read_text()[-1500:]}")
-                time.sleep(0.2)
-            first = found[-1]
+            first = wait_for(process, metrics, functools.partial(_is_warm, side), limit_s=300)
             time.sleep(seconds)
             last = lines_of(metrics)[-1]
         finally:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -88,7 +88,7 @@ def swarm_tokens_per_s(run_file: Path, seconds: float) -> float:
     process = subprocess.Popen(command, stdout=log, stderr=log)
     metrics = folder / "pipeline" / "metrics.jsonl"
     try:
-        first = _wait_for_step(process, metrics, step=1, limit_s=600)
+        first = wait_for(process, metrics, lambda line: line["progress/steps"] >= 1, limit_s=600)
         time.sleep(seconds)
         last = lines_of(metrics)[-1]
         return (last["progress/tokens"] - first["progress/tokens"]) / (last["time"] - first["time"])
@@ -97,19 +97,23 @@ def swarm_tokens_per_s(run_file: Path, seconds: float) -> float:
         process.wait(30)
 
 
-def _wait_for_step(
-    process: "subprocess.Popen[bytes]", metrics: Path, *, step: int, limit_s: float
+def wait_for(
+    process: "subprocess.Popen[bytes]",
+    metrics: Path,
+    ready: Callable[[dict[str, float]], bool],
+    *,
+    limit_s: float,
 ) -> dict[str, float]:
-    """The first line of metrics at or after `step`, in the moment that tokens are counted anew."""
+    """The newest line of metrics once it is `ready`, in the moment that tokens are counted anew."""
     deadline_s = time.monotonic() + limit_s
     while time.monotonic() < deadline_s:
-        lines = [line for line in lines_of(metrics) if line["progress/steps"] >= step]
-        if lines:
+        lines = lines_of(metrics)
+        if lines and ready(lines[-1]):
             return lines[-1]
         if process.poll() is not None:
             break
         time.sleep(0.2)
-    raise SystemExit(f"the swarm took no step within {limit_s:.0f} s: see {metrics.parent}")
+    raise SystemExit(f"the swarm did not get under way within {limit_s:.0f} s: see {metrics.parent}")
 
 
 def lines_of(metrics: Path) -> list[dict[str, float]]:
