@@ -23,6 +23,7 @@ from averaging.bandwidth import UplinkMeter
 from averaging.errors import AveragingError, LinkError, ProtocolError, RoundAbandonedError
 from averaging.feedback import Feedback
 from averaging.network import Buffer, Network, PeerId, Stream, kept_alive
+from averaging.pace import Pace
 from averaging.plan import StepRules
 from averaging.reduction import HELD, Means, Reduction, decode
 from averaging.round import Done, Round, RoundName, Work
@@ -120,6 +121,7 @@ class OpenRound:
         self._held: dict[PeerId, int] = dict.fromkeys(round_.work, 0)
         self._lost: dict[PeerId, str] = {}  # reducers
         self._served: dict[PeerId, Stream] = {}
+        self._paces = {peer: Pace(len(work.reduced)) for peer in round_.speakers}
         self._closed = False
         self.sent_bytes = 0
         self._receives, self._speaks = self._me in round_.receivers, self._me in round_.speakers
@@ -202,6 +204,8 @@ class OpenRound:
         await self._send(stream, RoundFrame(begin=weight).SerializeToString())
         work = self._round.work[stream.remote]
         for index, part in enumerate(work.reduced, len(work.passed)) if weight > 0 else ():
+            if stream.remote in self._paces:
+                await self._paces[stream.remote].allows(index - len(work.passed), len(work.reduced))
             header = RoundFrame(piece=Piece(index=index)).SerializeToString()
             values, codec = vector[part.start : part.stop], self._round.codec_of(part)
             await self._send(stream, header, self._residual.encode(codec, values, part, weight))
@@ -254,22 +258,31 @@ class OpenRound:
             await stream.finish()
         except* AveragingError as errors:
             stream.abort()
-            self._reduction.leave(peer, str(errors.exceptions[0]))
+            self._leave(peer, str(errors.exceptions[0]))
 
     def _close_doors(self) -> None:
         for peer in self._round.speakers:
             if peer != self._me and peer not in self._served:
-                self._reduction.leave(peer, "did not come")
+                self._leave(peer, "did not come")
+
+    def _leave(self, peer: PeerId, why: str) -> None:
+        self._reduction.leave(peer, why)
+        if peer in self._paces:
+            self._paces[peer].release()
 
     async def _receive_parts(self, stream: Stream) -> None:
         frame, _ = await self._receive(stream)
         if frame.WhichOneof("content") != "begin":
             raise ProtocolError(stream.remote, "sends parts without a weight")
         self._reduction.begin(stream.remote, frame.begin)
-        work = self._work
+        work, pace = self._work, self._paces.get(stream.remote)
         for index in range(len(work.passed), len(work.pieces)) if frame.begin > 0 else ():
             _, payload = await self._receive_piece(stream, index)
             self._reduction.add(stream.remote, index, payload)
+            if pace:
+                pace.step()
+        if pace:
+            pace.release()
 
     async def _send_means(self, stream: Stream) -> None:
         for mean in self._reduction.means:

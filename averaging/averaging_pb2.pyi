@@ -113,16 +113,18 @@ class PlanMember(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., weight: _Optional[float] = ..., bandwidth: _Optional[float] = ..., mode: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("key", "step", "members", "passes")
+    __slots__ = ("key", "step", "members", "passes", "slow_links")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     PASSES_FIELD_NUMBER: _ClassVar[int]
+    SLOW_LINKS_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     step: int
     members: _containers.RepeatedCompositeFieldContainer[PlanMember]
     passes: _containers.RepeatedCompositeFieldContainer[Pass]
-    def __init__(self, key: _Optional[bytes] = ..., step: _Optional[int] = ..., members: _Optional[_Iterable[_Union[PlanMember, _Mapping]]] = ..., passes: _Optional[_Iterable[_Union[Pass, _Mapping]]] = ...) -> None: ...
+    slow_links: bool
+    def __init__(self, key: _Optional[bytes] = ..., step: _Optional[int] = ..., members: _Optional[_Iterable[_Union[PlanMember, _Mapping]]] = ..., passes: _Optional[_Iterable[_Union[Pass, _Mapping]]] = ..., slow_links: _Optional[bool] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("commit", "ids", "duplicate", "left_out")

@@ -7,13 +7,14 @@ make short rounds look fast, so a measurement alone is not to be trusted with a 
 Pure: `now_s` is an argument. Only uploads are measured: they are what volunteers lack.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 BYTES_PER_MEGABIT = 1e6 / 8
 LEAST_BYTES = 4 << 20  # less lies in buffers along the way, and seems to take no time
 SMOOTHING = 0.5
 EQUAL = 1.5  # links that differ by less count as equal: on those, equal shares are as good, and steadier
+SLOW = 40.0  # megabytes per second: on slower links small pieces are worth what they cost
 MOST = 10.0  # nobody counts as more than so many times the usual link, whatever it says
 
 
@@ -51,6 +52,11 @@ class UplinkMeter:
         rate = self._bytes / self._busy_s
         self._bytes, self._busy_s = 0, 0.0
         self.measured = rate if not self.measured else self.measured + SMOOTHING * (rate - self.measured)
+
+
+def are_slow(reported: Iterable[float]) -> bool:
+    """Is one of these links known to be slow?"""
+    return any(0 < rate < SLOW * 1e6 for rate in reported)
 
 
 def levelled(reported: Sequence[float]) -> list[float]:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from averaging.bandwidth import levelled
+from averaging.bandwidth import are_slow, levelled
 from averaging.codecs import CODECS
 from averaging.grid import Grid, Group, seat
 from averaging.network import PeerId
@@ -90,6 +90,7 @@ class Plan:
     passes: tuple[Pass, ...]  # what every member that is no auxiliary brings
     group_size: int  # these two are the run's: no coordinator chooses them
     strict: bool = False
+    slow_links: bool = False  # pieces are small then
 
     @cached_property
     def grid(self) -> Grid:
@@ -183,13 +184,24 @@ def make_plan(
 ) -> Plan:
     """Take in everybody who reported; the nonce decides who sits where."""
     ordered = sorted(reports.items())
-    rates = levelled([report.bandwidth for _, report in ordered])
-    members = tuple(Member(p, r.weight, b, r.mode) for (p, r), b in zip(ordered, rates, strict=True))
+    reported = [report.bandwidth for _, report in ordered]
+    members = tuple(
+        Member(p, r.weight, b, r.mode) for (p, r), b in zip(ordered, levelled(reported), strict=True)
+    )
     digest = hashlib.sha256(nonce + struct.pack("<Q", step) + coordinator.encode())
     for member in members:
         digest.update(f"{member.peer}:{member.weight!r};".encode())
     passes = max((report.passes for report in reports.values()), key=len)  # the same of all but auxiliaries
-    return Plan(digest.digest()[:16], step, coordinator, members, passes, rules.group_size, rules.strict)
+    return Plan(
+        digest.digest()[:16],
+        step,
+        coordinator,
+        members,
+        passes,
+        rules.group_size,
+        rules.strict,
+        slow_links=are_slow(reported),
+    )
 
 
 def check_plan(plan: Plan, *, me: PeerId, step: int, mine: Report, roster: Collection[PeerId]) -> str | None:

@@ -14,6 +14,7 @@ from averaging.network import PeerId
 from averaging.plan import Plan, StepRules
 from averaging.shares import Mode, Slice, cut, pieces, shares
 
+SMALL_PIECE_VALUES = 1 << 16  # over slow links: groupmates keep pace with each other by the piece
 RoundName = tuple[bytes, int, int]  # the plan's key, the line of the grid, the attempt
 
 
@@ -88,8 +89,9 @@ def first_round(plan: Plan, peer: PeerId, number: int, *, rules: StepRules) -> R
     ordered = sorted(group.members)
     modes = [given[peer].mode for peer in ordered]
     slices = cut(values, shares([given[peer].bandwidth for peer in ordered], modes), INT8_BLOCK)
+    piece_values = min(rules.piece_values, SMALL_PIECE_VALUES) if plan.slow_links else rules.piece_values
     work = {
-        reducer: Work(tuple(_pieces(part, fine_from, rules.piece_values)))
+        reducer: Work(tuple(_pieces(part, fine_from, piece_values)))
         for reducer, part in zip(ordered, slices, strict=True)
         if len(part)
     }

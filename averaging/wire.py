@@ -61,7 +61,13 @@ def plan_message(plan: Plan) -> pb.StepPlan:
         pb.PlanMember(peer=m.peer, weight=m.weight, bandwidth=m.bandwidth, mode=MODES.index(m.mode))
         for m in plan.members
     ]
-    return pb.StepPlan(key=plan.key, step=plan.step, members=members, passes=_pass_messages(plan.passes))
+    return pb.StepPlan(
+        key=plan.key,
+        step=plan.step,
+        members=members,
+        passes=_pass_messages(plan.passes),
+        slow_links=plan.slow_links,
+    )
 
 
 def plan_of(message: pb.StepPlan, coordinator: PeerId, rules: StepRules) -> Plan:
@@ -78,6 +84,7 @@ def plan_of(message: pb.StepPlan, coordinator: PeerId, rules: StepRules) -> Plan
         passes=_passes(message.passes, coordinator),
         group_size=rules.group_size,
         strict=rules.strict,
+        slow_links=message.slow_links,
     )
 
 

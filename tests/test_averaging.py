@@ -13,6 +13,7 @@ from averaging.codecs import CODECS
 from averaging.errors import LinkError
 from averaging.memory_network import Link, MemoryHub
 from averaging.moshpit import Contribution, Rounds
+from averaging.pace import AHEAD
 from averaging.plan import MAX_PIECE_VALUES, Pass, Report, StepRules, make_plan
 from averaging.reduction import Means
 from averaging.round import first_round
@@ -123,6 +124,28 @@ def test_a_lost_member_leaves_the_mean_and_only_its_own_pieces_are_missing(fault
 def pieces_of(number):
     plan = Group(4, 4_000_000).plan
     return first_round(plan, "p0", 0, rules=RULES).work[f"p{number}"].pieces
+
+
+def test_nobody_runs_ahead_of_a_groupmate_that_has_not_begun():
+    values = 40 * RULES.piece_values
+
+    async def main():
+        group = Group(2, values)
+        for member in group.members:
+            await member.start()
+        rounds = [first_round(group.plan, name, 0, rules=RULES) for name in group.names]
+        means = [Means(values), Means(values)]
+        opened = [m.meet(r, mean) for m, r, mean in zip(group.members, rounds, means, strict=True)]
+        first = asyncio.create_task(opened[0].run(torch.ones(values), 1.0))
+        await asyncio.sleep(10 * RULES.progress_s)
+        sent_bytes = opened[0].sent_bytes
+        said = [await opened[1].run(torch.zeros(values), 3.0), await first]
+        return sent_bytes, said, means
+
+    sent_bytes, said, means = virtual_time.run(main())
+    assert 0 < sent_bytes <= 1.01 * (AHEAD + 1) * 4 * RULES.piece_values
+    assert not any(done.missing or done.lost for done in said)
+    assert all(torch.equal(mean.vector, torch.full((values,), 0.25)) for mean in means)
 
 
 def test_strangers_and_false_weights_are_turned_away():

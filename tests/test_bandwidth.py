@@ -8,7 +8,7 @@ from averaging.bandwidth import LEAST_BYTES, UplinkMeter, levelled
 from averaging.errors import ProtocolError
 from averaging.memory_network import MemoryHub
 from averaging.plan import Pass, Report, StepRules, make_plan
-from averaging.round import first_round
+from averaging.round import SMALL_PIECE_VALUES, first_round
 from averaging.shares import Mode
 
 MB = 1 << 20
@@ -53,6 +53,18 @@ def test_unknown_links_count_as_usual_near_ones_as_equal_and_claims_are_capped()
     assert levelled([10, 12, 14, 0]) == [1, 1, 1, 1]
     assert levelled([10, 10, 40, 0]) == [10, 10, 40, 10]
     assert levelled([10, 10, 1e12]) == [10, 10, 100]
+
+
+def test_over_links_known_to_be_slow_pieces_are_small():
+    for rates, slow in (([0, 0, 0], False), ([0, 2.5e6, 1e9], True), ([1e9, 1e9, 0], False)):
+        reports = {f"p{i}": Report(1.0, bytes(8), (Pass(4_000_000),), rate) for i, rate in enumerate(rates)}
+        rules = StepRules(target=1, max_weight=10)
+        made = make_plan(step=0, coordinator="p0", reports=reports, nonce=b"n", rules=rules)
+        plan = wire.plan_of(wire.plan_message(made), "p0", rules)
+        assert plan == made and plan.slow_links is slow
+        work = first_round(plan, "p0", 0, rules=rules).work
+        largest = max(len(piece) for each in work.values() for piece in each.pieces)
+        assert largest == (SMALL_PIECE_VALUES if slow else rules.piece_values) < 4_000_000 // 3
 
 
 def test_a_plan_gives_the_fast_peer_nearly_all_of_the_reducing():
