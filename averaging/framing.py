@@ -1,9 +1,10 @@
-"""Frames on a raw byte stream: a 12-byte prefix (header length, payload length), header, payload.
+"""Frames on a raw byte stream: a 12-byte prefix (header length, payload length), header, payload in chunks.
 
 The protocol reads straight into the buffer a frame ends up in: the payload's buffer is allocated once
-its length has passed the bound, and the socket fills it. A frame under way must keep moving: a piece
-that makes no progress within `progress_s` breaks the stream, on both ends. Between frames a stream
-may rest as long as its users like.
+its length has passed the bound, and the socket fills it, chunk by chunk, each with a prefix of its own.
+A frame under way must keep moving: a chunk that makes no progress within `progress_s` breaks the stream, on
+both ends. Between frames a stream may rest as long as its users like. Between chunks go questions, how much
+has arrived, and their echoes, which keep what is under way within a window (`averaging.flow`).
 
 I/O: one asyncio loop; no threads.
 """
@@ -13,25 +14,45 @@ import struct
 from collections import deque
 
 from averaging.errors import LinkError
+from averaging.flow import Window
 from averaging.network import LOOKS, MAX_HEADER_BYTES, Buffer, Frame, PeerId
 
 PREFIX = struct.Struct("<IQ")
-LAST_FRAME = 0xFFFFFFFF  # as header length: the explicit end
-PIECE_BYTES = 1 << 18  # one write: small enough to notice a stalled reader, large enough to be cheap
+# As header length: the explicit end, a chunk, a question after so many bytes of payload, and its echo.
+LAST_FRAME, CHUNK, ASK, ECHO = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD, 0xFFFFFFFC
+MOST_CHUNK_BYTES = 1 << 18  # one write: small enough to notice a stalled reader, large enough to be cheap
+UNREAD_ECHO_BYTES = 1 << 20  # that lie here because the other end asks, but does not read
 FINISH_S = 3.0
-UNREAD_FRAMES = 2  # beyond this the socket is not read until the user has caught up
+# Beyond both the socket is not read until the user has caught up. A few signs of life do not count: echoes of
+# what is sent here come the same way.
+UNREAD_FRAMES, UNREAD_BYTES = 2, 1 << 16
+FRAME_BYTES = 64  # of memory, beside what it holds
+
+
+def _size(frame: Frame | None) -> int:
+    return FRAME_BYTES + (len(frame.header) + len(frame.payload) if frame else 0)
 
 
 class FrameProtocol(asyncio.BufferedProtocol):
     """Turns bytes into frames and back; `FramedStream` is its user's side."""
 
-    def __init__(self, remote: PeerId, max_payload_bytes: int, progress_s: float) -> None:
+    def __init__(
+        self, remote: PeerId, max_payload_bytes: int, progress_s: float, window: Window | None = None
+    ) -> None:
         self.remote, self.progress_s, self._max_payload_bytes = remote, progress_s, max_payload_bytes
         self._prefix = bytearray(PREFIX.size)
-        self._target: bytearray = self._prefix
+        self._target: bytearray | memoryview = self._prefix
         self._filled, self._payload_bytes = 0, 0
         self._header: bytes | None = b""  # None: it is what is being read
+        self._payload: bytearray | None = None  # under way
+        self._payload_filled = 0
+        self._window = window or Window()
+        self._sent_bytes, self._echoed_bytes = 0, 0  # of payloads
+        self._asked: deque[tuple[int, float]] = deque()  # bytes sent before, when
+        self._echo = asyncio.Event()
+        self._held_back = False
         self._frames: deque[Frame | None] = deque()
+        self._unread_bytes = 0
         self._readable = asyncio.Event()
         self._writable = asyncio.Event()
         self._writable.set()
@@ -43,7 +64,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
     def attach(self, transport: asyncio.Transport) -> None:
         """Take over `transport`, on which nothing unread may be buffered."""
         self.transport = transport
-        transport.set_write_buffer_limits(high=2 * PIECE_BYTES)
+        transport.set_write_buffer_limits(high=2 * MOST_CHUNK_BYTES)
         transport.set_protocol(self)
         transport.resume_reading()
 
@@ -61,29 +82,69 @@ class FrameProtocol(asyncio.BufferedProtocol):
     def _advance(self) -> None:
         target = self._target
         if target is self._prefix:
-            header_bytes, self._payload_bytes = PREFIX.unpack(target)
-            if header_bytes == LAST_FRAME:
-                self._emit(None)
-                self._expect(self._prefix)
-            elif header_bytes > MAX_HEADER_BYTES or self._payload_bytes > self._max_payload_bytes:
-                self.fail(f"frame of {header_bytes} + {self._payload_bytes} bytes exceeds the bound")
-            else:
-                self._header = None
-                self._expect(bytearray(header_bytes))
+            self._begin(*PREFIX.unpack(target))
         elif self._header is None:
             self._header = bytes(target)
-            self._expect(bytearray(self._payload_bytes))
+            self._payload, self._payload_filled = bytearray(self._payload_bytes), 0
+            self._go_on()
         else:
-            self._emit(Frame(self._header, target))
-            self._expect(self._prefix)
+            self._payload_filled += len(target)
+            self._go_on()
 
-    def _expect(self, target: bytearray) -> None:
+    def _begin(self, kind: int, size: int) -> None:
+        """A prefix is there."""
+        if kind == CHUNK:
+            if self._payload is None or not 0 < size <= self._payload_bytes - self._payload_filled:
+                return self.fail(f"chunk of {size} bytes in the wrong place")
+            start = self._payload_filled
+            return self._expect(memoryview(self._payload)[start : start + size])
+        if kind == ASK:
+            self._answer(size)
+        elif kind == ECHO:
+            self._hear_echo(size)
+        elif self._payload is not None:
+            return self.fail("frame within a frame")
+        elif kind == LAST_FRAME:
+            self._emit(None)
+        elif kind > MAX_HEADER_BYTES or size > self._max_payload_bytes:
+            return self.fail(f"frame of {kind} + {size} bytes exceeds the bound")
+        else:
+            self._header, self._payload_bytes = None, size
+            return self._expect(bytearray(kind))
+        self._expect(self._prefix)
+
+    def _go_on(self) -> None:
+        """A header is there, or a chunk."""
+        assert self._header is not None and self._payload is not None
+        if self._payload_filled == self._payload_bytes:
+            self._emit(Frame(self._header, self._payload))
+            self._payload = None
+        self._expect(self._prefix)
+
+    def _answer(self, asked: int) -> None:
+        assert self.transport is not None
+        if self.transport.get_write_buffer_size() > UNREAD_ECHO_BYTES:
+            return self.fail("asks, but does not read")
+        self.transport.write(PREFIX.pack(ECHO, asked))
+
+    def _hear_echo(self, size: int) -> None:
+        if not self._asked or self._asked[0][0] != size:
+            return self.fail(f"echo of {size} bytes that nobody asked for")
+        _, asked_s = self._asked.popleft()
+        took_s = asyncio.get_running_loop().time() - asked_s
+        self._window.echoed(size - self._echoed_bytes, took_s, held_back=self._held_back)
+        self._echoed_bytes, self._held_back = size, False
+        self._echo.set()
+
+    def _expect(self, target: bytearray | memoryview) -> None:
         self._target, self._filled = target, 0
 
     def _emit(self, frame: Frame | None) -> None:
         self._frames.append(frame)
+        self._unread_bytes += _size(frame)
         self._readable.set()
-        if len(self._frames) >= UNREAD_FRAMES and not self._paused and self.transport is not None:
+        many = len(self._frames) >= UNREAD_FRAMES and self._unread_bytes >= UNREAD_BYTES
+        if many and not self._paused and self.transport is not None:
             self._paused = True
             self.transport.pause_reading()
 
@@ -110,6 +171,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
             self._broken = why
         self._readable.set()
         self._writable.set()
+        self._echo.set()
         if self.transport is not None:
             self.transport.abort()
 
@@ -121,7 +183,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
                 raise LinkError(self.remote, self._broken)
             self._readable.clear()
             limit_s = self.progress_s if silence_s is None else silence_s
-            under_way = self._target is not self._prefix or self._filled > 0
+            under_way = self._target is not self._prefix or self._filled > 0 or self._payload is not None
             try:
                 async with asyncio.timeout(limit_s / LOOKS):
                     await self._readable.wait()
@@ -131,6 +193,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
                 elif loop.time() - heard_s >= limit_s:
                     self.fail(f"silent for {limit_s:.1f} s{' in a frame' * under_way}")
         frame = self._frames.popleft()
+        self._unread_bytes -= _size(frame)
         if self._paused and len(self._frames) < UNREAD_FRAMES // 2 and self.transport is not None:
             self._paused = False
             self.transport.resume_reading()
@@ -159,6 +222,36 @@ class FrameProtocol(asyncio.BufferedProtocol):
         if self._broken is not None:
             raise LinkError(self.remote, self._broken)
 
+    async def credit(self) -> int:
+        """Wait until the window has room; how many bytes may be sent now. Raises LinkError."""
+        await self.room()
+        while self._sent_bytes - self._echoed_bytes >= self._window.bytes:
+            self._held_back = True
+            if not self._asked:
+                self._ask()
+            self._echo.clear()
+            echoed = self._echoed_bytes
+            try:
+                async with asyncio.timeout(self.progress_s):
+                    await self._echo.wait()
+            except TimeoutError:
+                if self._echoed_bytes == echoed:
+                    self.fail(f"nothing arrived for {self.progress_s:.1f} s")
+            await self.room()
+        return min(MOST_CHUNK_BYTES, self._window.stride)
+
+    def sent(self, size: int) -> None:
+        """So many more bytes of a payload are on their way."""
+        self._sent_bytes += size
+        last = self._asked[-1][0] if self._asked else self._echoed_bytes
+        if self._sent_bytes - last >= self._window.stride:
+            self._ask()
+
+    def _ask(self) -> None:
+        assert self.transport is not None
+        self.transport.write(PREFIX.pack(ASK, self._sent_bytes))
+        self._asked.append((self._sent_bytes, asyncio.get_running_loop().time()))
+
 
 class FramedStream:
     """A stream of frames over a byte transport; satisfies `averaging.network.Stream`."""
@@ -175,10 +268,15 @@ class FramedStream:
             await protocol.room()
             assert protocol.transport is not None
             view = memoryview(payload).cast("B") if len(payload) else memoryview(b"")
-            protocol.transport.write(PREFIX.pack(len(header), len(view)) + header)
-            for start in range(0, len(view), PIECE_BYTES):
-                await protocol.room()
-                protocol.transport.write(view[start : start + PIECE_BYTES])
+            lead = PREFIX.pack(len(header), len(view)) + header
+            if not view:
+                protocol.transport.write(lead)
+            while view:
+                chunk = view[: await protocol.credit()]
+                protocol.transport.write(lead + PREFIX.pack(CHUNK, len(chunk)))
+                protocol.transport.write(chunk)
+                protocol.sent(len(chunk))
+                view, lead = view[len(chunk) :], b""
 
     async def receive(self, silence_s: float | None = None) -> Frame | None:
         return await self._protocol.next_frame(silence_s)

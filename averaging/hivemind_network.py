@@ -27,6 +27,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
 from averaging.errors import LinkError, NoAnswerError, PortTakenError, UserError, VersionMismatchError
+from averaging.flow import Window
 from averaging.framing import FramedStream, FrameProtocol
 from averaging.memory_network import MemoryHub
 from averaging.network import PROTOCOL_VERSION, Handler, PeerId, Stream
@@ -110,6 +111,7 @@ class HivemindNetwork:
         self._loopback = MemoryHub().network(self.peer_id)  # the daemon cannot dial itself
         self._addresses: Addresses = _no_addresses
         self._served: Counter[PeerId] = Counter()  # streams that each peer has open here
+        self._windows: dict[PeerId, Window] = {}
         self._reached: dict[PeerId, set[Host]] = {}  # where the daemon has been connected with each
 
     def use_addresses(self, addresses: Addresses) -> None:
@@ -206,7 +208,10 @@ class HivemindNetwork:
     def _framed(
         self, peer: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_payload_bytes: int
     ) -> FramedStream:
-        protocol = FrameProtocol(peer, max_payload_bytes, self._progress_s)
+        window = self._windows.setdefault(peer, Window())
+        while len(self._windows) > MAX_REACHED:
+            del self._windows[next(iter(self._windows))]
+        protocol = FrameProtocol(peer, max_payload_bytes, self._progress_s, window)
         protocol.attach(cast(asyncio.Transport, writer.transport))
         return FramedStream(protocol, (reader, writer))
 
