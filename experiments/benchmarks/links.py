@@ -1,6 +1,6 @@
 """Averaging over slow and over unequal links: peers in network namespaces, shaped by `tc`.
 
-    python -m experiments.benchmarks.links [--values 4000000] [--rounds 3] [--json]      needs root
+    python -m experiments.benchmarks.links [--values 10000000] [--rounds 3] [--json]      needs root
 
 Slow links: every peer's link carries so many Mbit/s each way. The time of a round stands against the least
 that the bytes need, 2(n-1)/n times the encoded vector over the link. Unequal links: one peer with 500 and
@@ -25,6 +25,7 @@ from experiments.benchmarks.report import report
 
 BRIDGE, NETWORK = "swarmbr", "10.213.77"
 BURST_BYTES = 65_536
+MTU = 9_000  # two cores carry every machine: cutting smaller packets takes half of them at 4 x 200 Mbit/s
 UNEQUAL = (500, 100, 100, 100)
 WARM_UP = 2  # rounds
 
@@ -34,7 +35,7 @@ def sh(command: str) -> None:
 
 
 @contextlib.contextmanager
-def namespaces(mbits: Sequence[int]) -> Iterator[list[tuple[str, str]]]:
+def namespaces(mbits: Sequence[int], congestion: str) -> Iterator[list[tuple[str, str]]]:
     """One namespace per link, all on one bridge: (name, address) of each."""
     names = [f"swarm{os.getpid()}-{index}" for index in range(len(mbits))]
     try:
@@ -45,8 +46,11 @@ def namespaces(mbits: Sequence[int]) -> Iterator[list[tuple[str, str]]]:
             sh(f"ip link add swarmv{index} type veth peer name eth0 netns {name}")
             sh(f"ip link set swarmv{index} master {BRIDGE} up")
             sh(f"ip -n {name} addr add {NETWORK}.{index + 1}/24 dev eth0")
-            sh(f"ip -n {name} link set eth0 up")
+            sh(f"ip -n {name} link set eth0 mtu {MTU} up")
+            sh(f"ip link set swarmv{index} mtu {MTU}")
             sh(f"ip -n {name} link set lo up")
+            route = f"{NETWORK}.0/24 dev eth0 src {NETWORK}.{index + 1} congctl {congestion}"
+            sh(f"ip -n {name} route replace {route}")
             shape = f"root tbf rate {mbit}mbit burst {BURST_BYTES} latency 50ms"
             sh(f"tc qdisc add dev swarmv{index} {shape}")  # down
             sh(f"tc -n {name} qdisc add dev eth0 {shape}")  # up
@@ -60,7 +64,7 @@ def namespaces(mbits: Sequence[int]) -> Iterator[list[tuple[str, str]]]:
 def end_unless_permitted() -> None:
     """Exit with the reason where links cannot be shaped."""
     try:
-        with namespaces([100]):
+        with namespaces([100], "cubic"):
             pass
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         said = getattr(error, "stderr", b"") or str(error).encode()
@@ -69,7 +73,7 @@ def end_unless_permitted() -> None:
 
 def seconds(mbits: Sequence[int], codec: str, options: argparse.Namespace, *, equal: bool = False) -> float:
     """Median time of a round with a peer behind each link."""
-    with namespaces(mbits) as places:
+    with namespaces(mbits, options.congestion) as places:
         sizes = ["--peers", str(len(mbits)), "--values", str(options.values)]
         module = [sys.executable, "-m", "experiments.benchmarks.links"]
         commands = []
@@ -103,9 +107,10 @@ def work(codec: str, address: str, mbit: float, options: argparse.Namespace) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--values", type=int, default=4_000_000)
+    parser.add_argument("--values", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mbit", type=int, nargs="+", default=[200, 20])
+    parser.add_argument("--congestion", default="cubic", help="TCP's; cubic is what Linux comes with")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--index", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--peers", type=int, help=argparse.SUPPRESS)
