@@ -127,16 +127,18 @@ class StepPlan(_message.Message):
     def __init__(self, key: _Optional[bytes] = ..., step: _Optional[int] = ..., members: _Optional[_Iterable[_Union[PlanMember, _Mapping]]] = ..., passes: _Optional[_Iterable[_Union[Pass, _Mapping]]] = ..., slow_links: _Optional[bool] = ...) -> None: ...
 
 class Verdict(_message.Message):
-    __slots__ = ("commit", "ids", "duplicate", "left_out")
+    __slots__ = ("commit", "ids", "duplicate", "left_out", "outdated")
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     DUPLICATE_FIELD_NUMBER: _ClassVar[int]
     LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    OUTDATED_FIELD_NUMBER: _ClassVar[int]
     commit: bool
     ids: _containers.RepeatedScalarFieldContainer[bytes]
     duplicate: bool
     left_out: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, commit: _Optional[bool] = ..., ids: _Optional[_Iterable[bytes]] = ..., duplicate: _Optional[bool] = ..., left_out: _Optional[_Iterable[str]] = ...) -> None: ...
+    outdated: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, commit: _Optional[bool] = ..., ids: _Optional[_Iterable[bytes]] = ..., duplicate: _Optional[bool] = ..., left_out: _Optional[_Iterable[str]] = ..., outdated: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RoundWork(_message.Message):
     __slots__ = ("peer", "reduced", "passed")
@@ -189,7 +191,7 @@ class StepQuery(_message.Message):
     def __init__(self, plan: _Optional[bytes] = ..., step: _Optional[int] = ...) -> None: ...
 
 class StepInfo(_message.Message):
-    __slots__ = ("committed", "ids", "version", "coordinator", "reports", "pending", "left_out")
+    __slots__ = ("committed", "ids", "version", "coordinator", "reports", "pending", "left_out", "outdated")
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +199,7 @@ class StepInfo(_message.Message):
     REPORTS_FIELD_NUMBER: _ClassVar[int]
     PENDING_FIELD_NUMBER: _ClassVar[int]
     LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    OUTDATED_FIELD_NUMBER: _ClassVar[int]
     committed: bool
     ids: _containers.RepeatedScalarFieldContainer[bytes]
     version: int
@@ -204,4 +207,5 @@ class StepInfo(_message.Message):
     reports: int
     pending: bool
     left_out: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, committed: _Optional[bool] = ..., ids: _Optional[_Iterable[bytes]] = ..., version: _Optional[int] = ..., coordinator: _Optional[str] = ..., reports: _Optional[int] = ..., pending: _Optional[bool] = ..., left_out: _Optional[_Iterable[str]] = ...) -> None: ...
+    outdated: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, committed: _Optional[bool] = ..., ids: _Optional[_Iterable[bytes]] = ..., version: _Optional[int] = ..., coordinator: _Optional[str] = ..., reports: _Optional[int] = ..., pending: _Optional[bool] = ..., left_out: _Optional[_Iterable[str]] = ..., outdated: _Optional[_Iterable[str]] = ...) -> None: ...

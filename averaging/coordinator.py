@@ -73,6 +73,7 @@ class Committed:
 
     ids: tuple[bytes, ...]  # of all that the mean is made of
     left_out: tuple[PeerId, ...]  # members of whom nothing is in it
+    outdated: tuple[PeerId, ...]  # members whose mean, if they have one, is another
 
 
 class Coordinator:
@@ -339,6 +340,7 @@ class Coordinator:
                 commit=commit,
                 ids=ids if commit else [],
                 left_out=sorted(left_out) if commit else [],
+                outdated=sorted(holdings.outdated) if commit else [],
                 duplicate=peer in ballot.duplicates,
             )
             self._say_soon(stream, pb.FromCoordinator(verdict=verdict))
@@ -420,6 +422,7 @@ class Coordinator:
                 info.committed = True
                 info.ids.extend(known.ids)
                 info.left_out.extend(known.left_out)
+                info.outdated.extend(known.outdated)
             elif self._pending(query.plan):
                 info.pending = True
             else:

@@ -324,6 +324,8 @@ class Participant:
             committed = await self._committed(under_way, verdict)
             if committed is None:
                 raise RoundAbandonedError(f"its plan of {len(plan.members)} members was abandoned")
+            if self._network.peer_id in committed.outdated:
+                raise BehindError("the others have repaired their mean without this member")
             await asyncio.wait([averaging], timeout=self._rules.silence_s)  # at once, if all is here
             if not averaging.done():
                 raise BehindError("the others hold a mean that is not all here")
@@ -356,7 +358,7 @@ class Participant:
         """What all members commit to, this one with them; None if the plan is abandoned."""
         if verdict is None:
             return await self._committed_elsewhere(under_way.plan)
-        committed = Committed(tuple(verdict.ids), tuple(verdict.left_out))
+        committed = Committed(tuple(verdict.ids), tuple(verdict.left_out), tuple(verdict.outdated))
         key = under_way.plan.key
         return committed if verdict.commit and self.coordinator.commit(key, committed) else None
 
@@ -401,7 +403,7 @@ class Participant:
             answers = await self._ask_all(undecided, plan)
             for answer in answers.values():
                 if answer.committed:
-                    committed = Committed(tuple(answer.ids), tuple(answer.left_out))
+                    committed = Committed(tuple(answer.ids), tuple(answer.left_out), tuple(answer.outdated))
                     self.coordinator.learn_committed(plan.key, committed)
                     return committed
             pending = [peer for peer, answer in answers.items() if answer.pending]

@@ -2,8 +2,10 @@
 
     every member says after every attempt at a round which pieces it does not hold
     when all living members of a group have, and a piece is missing somewhere, the group tries again:
-        a piece that anybody holds is passed on: the bytes are the same
+        a piece that anybody holds who can be dialled is passed on: the bytes are the same
         a piece that nobody holds is reduced again, by members that nobody has complained of
+        whoever was lost before that, or holds such a piece but cannot be dialled, is outdated: if it has a
+        mean, it is not that of the others
         beyond the first dimension a lost speaker is replaced: its last groupmates hold the same value
     a strict plan is never repaired: it fails
 
@@ -56,6 +58,7 @@ class Holdings:
                 line = self._lines[plan.line_of(number, group)] = _Line(number, group)
                 for peer in group.members:
                     self._of[peer].append(line)
+        self.outdated: set[PeerId] = set()  # members whose mean, if they have one, is not everybody's
         self._unused_by: dict[PeerId, frozenset[PeerId]] = {}  # after their first attempt at a pass
         self.failed = ""  # why the plan cannot be carried out
 
@@ -138,6 +141,7 @@ class Holdings:
         if speakers is None or not reducers:
             self.failed = "nobody is left to speak for a group, or to reduce"
             return None
+        self.outdated |= self._modes.keys() - self._alive.keys()
         work = self._deal(line, before, reducers)
         plan, number, attempt = before.name
         # In the old order, deputies in the seats of the lost: elsewhere the same values are summed in it.
@@ -155,12 +159,14 @@ class Holdings:
 
     def _sound(self, line: _Line, living: list[PeerId]) -> list[PeerId]:
         """Those who can reduce; if possible, those between whom and the living nothing was lost."""
-        able = [
-            peer for peer in living if peer in line.group.members and self._modes[peer] is not Mode.CLIENT
-        ]
+        able = self._able(line, living)
         complaints = [(p, q) for p in living for q in line.done[p].lost if q in self._alive]
         troubled = {peer for pair in complaints for peer in pair}
         return [peer for peer in able if peer not in troubled] or able
+
+    def _able(self, line: _Line, living: list[PeerId]) -> list[PeerId]:
+        """Those who can be dialled."""
+        return [p for p in living if p in line.group.members and self._modes[p] is not Mode.CLIENT]
 
     def _speakers(self, before: Round, dimension: int) -> dict[PeerId, PeerId] | None:
         """Who speaks for every speaker so far: itself, or a deputy if it was lost. None if one has none.
@@ -184,19 +190,23 @@ class Holdings:
 
     def _deal(self, line: _Line, before: Round, reducers: list[PeerId]) -> Mapping[PeerId, Work]:
         """Pieces that somebody holds to whoever passes them on, all other missing ones over the reducers."""
-        wanting = [p for p in self._living(line) if p in before.receivers]
+        living = self._living(line)
+        wanting, able = [p for p in living if p in before.receivers], self._able(line, living)
         passed: dict[PeerId, list[Slice]] = {}
         lost: list[Slice] = []
         for reducer in sorted({r for peer in wanting for r in line.done[peer].missing if r in before.work}):
             pieces = before.work[reducer].pieces
-            held = {p: self._held(p, reducer, line, len(pieces)) for p in {*wanting, *reducers}}
-            holder = max(reducers, key=lambda peer: held[peer])
-            passed.setdefault(holder, []).extend(pieces[min(held[p] for p in wanting) : held[holder]])
-            lost += pieces[held[holder] :]
+            held = {p: self._held(p, reducer, line, len(pieces)) for p in {*wanting, *able}}
+            start = min(held[p] for p in wanting)
+            for holder in (max(among, key=lambda peer: held[peer]) for among in (reducers, able)):
+                passed.setdefault(holder, []).extend(pieces[start : held[holder]])
+                start = max(start, held[holder])
+            lost += pieces[start:]
+            self.outdated.update(p for p in wanting if held[p] > start)
         reduced: dict[PeerId, list[Slice]] = {}
         for number, piece in enumerate(lost):
             reduced.setdefault(reducers[(number + before.attempt) % len(reducers)], []).append(piece)
-        every = {peer: Work(tuple(reduced.get(peer, ())), tuple(passed.get(peer, ()))) for peer in reducers}
+        every = {peer: Work(tuple(reduced.get(peer, ())), tuple(passed.get(peer, ()))) for peer in able}
         return {peer: work for peer, work in every.items() if work.pieces}
 
     def _held(self, peer: PeerId, reducer: PeerId, line: _Line, every: int) -> int:
