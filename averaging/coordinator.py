@@ -350,7 +350,8 @@ class Coordinator:
         assert ballot.plan is not None
         members = ballot.plan.members
         inside = [member for member in members if member.peer not in left_out]
-        if not has_quorum(holdings.alive, ballot.plan.bringers):
+        # Of all live peers, as for closing: who left this plan may be in one with those who never were in it.
+        if not has_quorum(holdings.alive, {*self._voters(), *ballot.plan.bringers}):
             return "too few members are left"
         if sum(member.weight for member in inside) < self._rules.target:
             return "what is left weighs too little"
