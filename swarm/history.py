@@ -9,7 +9,7 @@ Pure.
 
 from collections.abc import Collection, Iterator, Mapping
 
-REMEMBERED_STEPS = 16
+REMEMBERED_STEPS = 32
 ID_BYTES, ENTRY_BYTES = 16, 24  # an entry: the step as 8 bytes, little-endian, and a microbatch id
 
 

@@ -25,7 +25,7 @@ from swarm.stage import Stage
 
 SERVICE = "state"
 CHUNK_BYTES = 1 << 20
-ALLOWANCE_BYTES = 8 << 20  # for names, shapes and the history of microbatches
+ALLOWANCE_BYTES = 16 << 20  # for names, shapes and the history of microbatches
 DEADLINE_S = 30.0  # for the offer and for each chunk
 log = logging.getLogger(__name__)
 
