@@ -348,14 +348,14 @@ class Coordinator:
     def _short_of(self, ballot: Ballot, holdings: Holdings, left_out: Collection[PeerId]) -> str:
         """Why a mean that is there may not be used; empty if it may."""
         assert ballot.plan is not None
-        members = ballot.plan.members
-        inside = [member for member in members if member.peer not in left_out]
+        inside = [peer for peer in ballot.plan.bringers if peer not in left_out]
         # Of all live peers, as for closing: who left this plan may be in one with those who never were in it.
         if not has_quorum(holdings.alive, {*self._voters(), *ballot.plan.bringers}):
             return "too few members are left"
-        if sum(member.weight for member in inside) < self._rules.target:
+        if sum(ballot.plan.by_peer[peer].weight for peer in inside) < self._rules.target:
             return "what is left weighs too little"
-        if any(member.weight > 0 and member.peer not in ballot.ids for member in inside):
+        # Whatever it weighed when it last reported: it went on until it froze its vector.
+        if any(peer not in ballot.ids for peer in inside):
             return "nobody knows what was in the vector of a member that was lost"
         return ""
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from averaging import virtual_time
 from averaging.memory_network import Link
-from tests.sim import Sim, tiny_run
+from tests.sim import PACKAGES, Sim, tiny_run
 from trainers import events as ev
 from trainers.ledger import Ledger
 
@@ -241,7 +241,8 @@ def main(kind: type[Schedule] = Schedule) -> None:
     first, count = int(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] and sys.argv[2].isdigit() else 1
     if count == 1:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-        logging.getLogger("swarm").setLevel(logging.DEBUG if "-v" in sys.argv else logging.INFO)
+        for package in PACKAGES:
+            logging.getLogger(package).setLevel(logging.DEBUG if "-v" in sys.argv else logging.INFO)
     failed, began_s, faults = [], time.time(), Counter[str]()
     for seed in range(first, first + count):
         try:

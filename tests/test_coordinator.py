@@ -3,41 +3,92 @@
 import asyncio
 import random
 
+import pytest
+
+from averaging import averaging_pb2 as pb
 from averaging import virtual_time
-from averaging.coordinator import Ballot, Coordinator
+from averaging.coordinator import STEP_SERVICE, Ballot, Coordinator
 from averaging.memory_network import MemoryHub
-from averaging.plan import Report, StepRules
+from averaging.plan import Pass, Report, StepRules
+from averaging.round import Done
+from averaging.wire import done_message, report_message
+
+NAMES, STATE = ["a", "b", "c"], b"12345678"
 
 
 async def nothing():
     pass
 
 
+def coordinator_of(network, rules):
+    return Coordinator(
+        network=network,
+        rules=rules,
+        version=lambda: 0,
+        expected=lambda: NAMES,
+        voters=lambda: NAMES,
+        reporting_to=lambda: "a",
+        silent=lambda: [],
+        pending=lambda plan: False,
+        suspect=lambda error: None,
+        refresh=nothing,
+        rng=random.Random(0),
+    )
+
+
 def test_who_is_missing_is_waited_for_anew_when_the_target_is_lost_and_reached_again():
     async def main():
         rules = StepRules(target=8.0, max_weight=32.0)
-        coordinator = Coordinator(
-            network=MemoryHub().network("a"),
-            rules=rules,
-            version=lambda: 0,
-            expected=lambda: ["a", "b", "c"],
-            voters=lambda: ["a", "b", "c"],
-            reporting_to=lambda: "a",
-            silent=lambda: [],
-            pending=lambda plan: False,
-            suspect=lambda error: None,
-            refresh=nothing,
-            rng=random.Random(0),
-        )
-        target, state = rules.target, b"12345678"
-        ballot = Ballot(0, reports={"a": Report(target, state), "b": Report(0, state)})
+        coordinator = coordinator_of(MemoryHub().network("a"), rules)
+        target = rules.target
+        ballot = Ballot(0, reports={"a": Report(target, STATE), "b": Report(0, STATE)})
         assert "waiting" in coordinator.consider(ballot).reason
-        ballot.reports["a"] = Report(target / 2, state)  # some of it is given up
+        ballot.reports["a"] = Report(target / 2, STATE)  # some of it is given up
         assert not coordinator.consider(ballot).close
         await asyncio.sleep(10 * rules.grace_s)
-        ballot.reports["a"] = Report(target, state)
+        ballot.reports["a"] = Report(target, STATE)
         assert "waiting" in coordinator.consider(ballot).reason
         await asyncio.sleep(2 * rules.grace_s)
         assert ballot.plan is not None
+
+    virtual_time.run(main())
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("weight", [0.0, 8.0])
+def test_nothing_is_committed_of_which_nobody_knows_what_is_in_it(weight, said):
+    """A lost member is in the mean; what it froze may be more than it had reported."""
+
+    async def main():
+        hub = MemoryHub()
+        networks = {name: hub.network(name) for name in NAMES}
+        coordinator = coordinator_of(networks["a"], StepRules(target=8.0, max_weight=32.0))
+        await coordinator.start()
+        streams = {name: await networks[name].open("a", STEP_SERVICE) for name in NAMES}
+
+        async def say(name, **content):
+            await streams[name].send(pb.FromMember(**content).SerializeToString())
+
+        async def hear(name, kind):
+            while True:
+                frame = await streams[name].receive()
+                message = pb.FromCoordinator.FromString(frame.header)
+                if message.WhichOneof("content") == kind:
+                    return getattr(message, kind)
+
+        for name in NAMES:
+            report = Report(weight if name == "c" else 8.0, STATE, (Pass(100, 0),))
+            await say(name, report=report_message(0, report))
+        for name in NAMES:
+            await hear(name, "plan")
+            if name != "c" or said:
+                await say(name, frozen=pb.Frozen(ids=[name.encode() * 16]))
+        await asyncio.sleep(0.1)
+        streams["c"].abort()
+        for name in ("a", "b"):
+            await say(name, done=done_message(Done(0, 0)))  # with all of the mean, and c's part in it
+        verdict = await hear("b", "verdict")
+        assert verdict.commit == said
+        assert list(verdict.ids) == [name.encode() * 16 for name in NAMES] * said
 
     virtual_time.run(main())
