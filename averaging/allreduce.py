@@ -121,7 +121,8 @@ class OpenRound:
         self._held: dict[PeerId, int] = dict.fromkeys(round_.work, 0)
         self._lost: dict[PeerId, str] = {}  # reducers
         self._served: dict[PeerId, Stream] = {}
-        self._paces = {peer: Pace(len(work.reduced)) for peer in round_.speakers}
+        given = {peer: len(work.reduced) if peer in round_.speakers else 0 for peer in round_.members}
+        self._paces = {peer: Pace(pieces) for peer, pieces in given.items()}
         self._closed = False
         self.sent_bytes = 0
         self._receives, self._speaks = self._me in round_.receivers, self._me in round_.speakers
@@ -204,8 +205,7 @@ class OpenRound:
         await self._send(stream, RoundFrame(begin=weight).SerializeToString())
         work = self._round.work[stream.remote]
         for index, part in enumerate(work.reduced, len(work.passed)) if weight > 0 else ():
-            if stream.remote in self._paces:
-                await self._paces[stream.remote].allows(index - len(work.passed), len(work.reduced))
+            await self._paces[stream.remote].allows(index - len(work.passed), len(work.reduced))
             header = RoundFrame(piece=Piece(index=index)).SerializeToString()
             values, codec = vector[part.start : part.stop], self._round.codec_of(part)
             await self._send(stream, header, self._residual.encode(codec, values, part, weight))
@@ -267,22 +267,19 @@ class OpenRound:
 
     def _leave(self, peer: PeerId, why: str) -> None:
         self._reduction.leave(peer, why)
-        if peer in self._paces:
-            self._paces[peer].release()
+        self._paces[peer].release()
 
     async def _receive_parts(self, stream: Stream) -> None:
         frame, _ = await self._receive(stream)
         if frame.WhichOneof("content") != "begin":
             raise ProtocolError(stream.remote, "sends parts without a weight")
         self._reduction.begin(stream.remote, frame.begin)
-        work, pace = self._work, self._paces.get(stream.remote)
+        work, pace = self._work, self._paces[stream.remote]
         for index in range(len(work.passed), len(work.pieces)) if frame.begin > 0 else ():
             _, payload = await self._receive_piece(stream, index)
             self._reduction.add(stream.remote, index, payload)
-            if pace:
-                pace.step()
-        if pace:
-            pace.release()
+            pace.step()
+        pace.release()
 
     async def _send_means(self, stream: Stream) -> None:
         for mean in self._reduction.means:

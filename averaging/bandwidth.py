@@ -14,7 +14,7 @@ BYTES_PER_MEGABIT = 1e6 / 8
 LEAST_BYTES = 4 << 20  # less lies in buffers along the way, and seems to take no time
 SMOOTHING = 0.5
 EQUAL = 1.5  # links that differ by less count as equal: on those, equal shares are as good, and steadier
-SLOW = 40.0  # megabytes per second: on slower links small pieces are worth what they cost
+SLOW = 320 * BYTES_PER_MEGABIT  # on slower links small pieces are worth what they cost
 MOST = 10.0  # nobody counts as more than so many times the usual link, whatever it says
 
 
@@ -56,7 +56,7 @@ class UplinkMeter:
 
 def are_slow(reported: Iterable[float]) -> bool:
     """Is one of these links known to be slow?"""
-    return any(0 < rate < SLOW * 1e6 for rate in reported)
+    return any(0 < rate < SLOW for rate in reported)
 
 
 def levelled(reported: Sequence[float]) -> list[float]:
