@@ -30,7 +30,7 @@ def make_ledger(stages=3, pool=2, **arguments):
     ledger = Ledger(trainer="t", session=b"s" * 8, wirings=wirings, **defaults | arguments)
     for stage in range(stages):
         for number in range(pool):
-            ledger.handle(PeerReady(stage, f"{stage}{'ab'[number]}", 0), 0.0)
+            ledger.handle(PeerReady(stage, f"{stage}{'abc'[number]}", 0), 0.0)
     return ledger
 
 
@@ -215,6 +215,25 @@ def test_a_supplier_that_supplies_nothing_is_replaced_however_often_its_neighbou
     commands = ledger.handle(Tick(), 12.1)
     assert ledger._flights[M].hops[1].peer == "1c" != supplier
     assert [type(c) for c in commands] == [Resend, Resend]  # from stages 0 and 2, what it computes from
+
+
+def test_what_every_state_holds_is_never_counted_again_when_its_steps_are_no_longer_named():
+    ledger = make_ledger(retain_until_step=True, pool=3)
+    route = issue(ledger)
+    carry(ledger, route, down_to=1)  # stage 0 still lacks its gradient
+    pool = ["1a", "1b", "1c"]
+    for peer in pool:
+        ledger.handle(SteppedEvent(1, peer, 1, frozenset((M,))), 2.0)
+    for peer in pool:  # long after, they have loaded a state anew: it tells of later steps
+        ledger.handle(SteppedEvent(1, peer, 100, frozenset(), whole=True), 3.0)
+    pool.remove(route.peers[1])
+    ledger.handle(PeerGone(route.peers[0]), 4.0)
+    ledger.handle(PeerGone(route.peers[1]), 4.0)
+    for _ in pool:
+        flight = ledger._flights[M]
+        assert flight.route("t", b"s" * 8).accumulated == (1, 2)
+        refusal = {"target": flight.peer(1), "attempt": flight.attempt, "status": pb.STALE}
+        say(ledger, flight.peer(0), pb.PUSH_FAILED, 5.0, **refusal)
 
 
 def test_a_stopped_peer_that_gets_a_hop_when_all_is_done_is_told_to_drop_it():

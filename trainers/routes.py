@@ -71,9 +71,9 @@ class Router:
         If its gradient is safe with somebody else, the new peer only supplies the neighbours.
         """
         hop = flight.hops[stage]
-        if hop.phase >= Phase.ACCUMULATED and (
-            hop.accumulated_by in self._live or self._evidence[stage].is_held(flight.id)
-        ):
+        held = hop.accumulated_by in self._live or self._evidence[stage].is_held(flight.id)
+        # Settled is settled: peers name the microbatches of their last steps only.
+        if hop.phase is Phase.SETTLED or (hop.phase is Phase.ACCUMULATED and held):
             return self.place(flight, now_s, suppliers={stage})
         flight.hops[stage] = Hop()
         self._counters["rerouted_hops"] += flight.routed and not flight.evaluate
