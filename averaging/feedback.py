@@ -62,13 +62,17 @@ class _Int8:
         blocks = -(-values // INT8_BLOCK)
         self._left = torch.zeros(blocks, INT8_BLOCK, dtype=torch.int8)
         self._step = torch.zeros(blocks)
+        self._room = torch.empty(0, INT8_BLOCK)  # to compute in: new memory for every part costs more
 
     def encode(self, codec: Codec, values: torch.Tensor, part: Slice, weight: float) -> Buffer:
         if codec is not INT8 or weight < LEAST:
             return codec.encode(values)
         blocks = slice(part.start // INT8_BLOCK, -(-part.stop // INT8_BLOCK))
         left, step = self._left[blocks], self._step[blocks]
-        wanted = torch.addcmul(in_blocks(values, INT8_BLOCK), left, step.unsqueeze(1), value=1 / weight)
+        if len(self._room) < len(left):
+            self._room = torch.empty(left.shape)
+        room, rows = self._room[: len(left)], in_blocks(values, INT8_BLOCK)
+        wanted = torch.addcmul(rows, left, step.unsqueeze(1), value=1 / weight, out=room)
         scale, exact = in_steps(wanted, INT8_BLOCK, 127.0)
         codes = torch.round(exact, out=wanted)
         if bool(torch.isfinite(scale.sum())):

@@ -142,10 +142,12 @@ class AveragingConfig(_Section):
     )
     mean_codec: AveragingCodec | None = Field(None, description="of what they get back; default: as `codec`")
     rank: Positive | None = Field(
-        None, description="PowerSGD: matrices travel as so many columns and rows; null: whole"
+        None,
+        description="PowerSGD: matrices travel as so many columns and rows; null: whole. What comes late "
+        "acts like momentum: a lower `training.optimizer.beta1` suits it",
     )
     rank_from: int | None = Field(
-        None, ge=0, description="first step with `rank`; default: when the learning rate has warmed up"
+        None, ge=0, description="first step with `rank`; default: two warm-ups of the learning rate"
     )
     group_size: int = Field(16, ge=2, description="about how many average at once; more sit on a grid")
     progress_deadline_s: Seconds = Field(5.0, description="silence after which a groupmate counts as lost")

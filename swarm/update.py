@@ -35,6 +35,7 @@ from swarm.history import REMEMBERED_STEPS
 from swarm.server import HopServer
 from swarm.stage import Accumulator, Stage
 
+WHOLE_WARMUPS = 2  # gradients travel whole for so many times the learning rate's warm-up
 MOST_TARGETS = 4.0  # nobody's gradient weighs more than this many steps, whatever it claims
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,8 @@ class Updater:
         self._rules = rules = step_rules(config)
         rank, rank_from = config.averaging.rank, config.averaging.rank_from
         self._low_rank = LowRank(stage.shapes, rank) if rank else None
-        self._rank_from = config.training.optimizer.warmup_steps if rank_from is None else rank_from
+        whole_steps = WHOLE_WARMUPS * config.training.optimizer.warmup_steps
+        self._rank_from = whole_steps if rank_from is None else rank_from
         self.state_hash = b""
         self.changed = asyncio.Event()
         self.counters: Counter[str] = Counter()
