@@ -165,8 +165,7 @@ class HivemindNetwork:
             hosts = self._reached.setdefault(info.peer_id.to_base58(), set())
             hosts.update(_hosts(str(address) for address in info.addrs))
         self._reached.setdefault(peer, set())
-        while len(self._reached) > MAX_REACHED:
-            del self._reached[next(iter(self._reached))]
+        _forget_oldest(self._reached)
 
     async def _connect(self, peer: PeerId) -> None:
         """Connect the daemons at the addresses that `peer` has announced. Raises LinkError."""
@@ -209,8 +208,7 @@ class HivemindNetwork:
         self, peer: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_payload_bytes: int
     ) -> FramedStream:
         window = self._windows.setdefault(peer, Window())
-        while len(self._windows) > MAX_REACHED:
-            del self._windows[next(iter(self._windows))]
+        _forget_oldest(self._windows)
         protocol = FrameProtocol(peer, max_payload_bytes, self._progress_s, window)
         protocol.attach(cast(asyncio.Transport, writer.transport))
         return FramedStream(protocol, (reader, writer))
@@ -228,6 +226,12 @@ class HivemindNetwork:
 
 async def _no_addresses(peer: PeerId) -> Sequence[str]:
     return ()
+
+
+def _forget_oldest(known: dict[PeerId, Any]) -> None:
+    """Peers come and go for as long as this one lives."""
+    while len(known) > MAX_REACHED:
+        del known[next(iter(known))]
 
 
 def _hosts(addresses: Iterable[str]) -> set[Host]:

@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from swarm.threads import Worker
+
 T = TypeVar("T")
 
 
@@ -82,8 +84,7 @@ class ComputeThread:
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._queue, self._changed, self._closed = _Queue(), threading.Condition(), False
-        self._thread = threading.Thread(target=self._loop, name="compute", daemon=True)
-        self._thread.start()
+        Worker(self._loop, name="compute", stop=self.close)
 
     def submit(self, priority: Priority, work: Callable[[], T]) -> "concurrent.futures.Future[T]":
         future: concurrent.futures.Future[T] = concurrent.futures.Future()

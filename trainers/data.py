@@ -20,6 +20,7 @@ import torch
 
 from swarm.config import DataConfig, TrainingConfig
 from swarm.errors import UserError
+from swarm.threads import Worker
 from trainers.packing import Tokenizer, microbatches, sequences
 
 T = TypeVar("T")
@@ -189,7 +190,7 @@ class Prefetch(Iterable[T]):
         self._source = source
         self._items: queue.Queue[T | BaseException] = queue.Queue(ahead)
         self._closed = threading.Event()
-        threading.Thread(target=self._fill, name="data", daemon=True).start()
+        Worker(self._fill, name="data", stop=self.close)
 
     def _fill(self) -> None:
         try:

@@ -68,15 +68,18 @@ class Workers:
 
     def hear(self, limit_s: float = 600.0) -> list[Any]:
         """One line of JSON from each that has not been struck. Raises TimeoutError."""
-        end_s, lines = time.monotonic() + limit_s, []
-        for process in self._living:
-            assert process.stdout is not None
-            if not select.select([process.stdout], [], [], max(0.0, end_s - time.monotonic()))[0]:
+        end_s, lines = time.monotonic() + limit_s, dict[int, str]()
+        pipes = {process.stdout: number for number, process in enumerate(self._living)}
+        while len(lines) < len(pipes):
+            waiting = [pipe for pipe, number in pipes.items() if number not in lines]
+            ready = select.select(waiting, [], [], max(0.0, end_s - time.monotonic()))[0]
+            if not ready:
                 raise TimeoutError
-            lines.append(process.stdout.readline())
-        if not all(lines):
-            raise SystemExit(f"worker {lines.index('')} died")
-        return [json.loads(line) for line in lines]
+            for pipe in ready:
+                if not (line := pipe.readline()):  # the others may wait for it in vain
+                    raise SystemExit(f"worker {pipes[pipe]} died: {self._living[pipes[pipe]].args}")
+                lines[pipes[pipe]] = line
+        return [json.loads(lines[number]) for number in range(len(pipes))]
 
     def tell(self, what: Any) -> None:
         for process in self._living:
