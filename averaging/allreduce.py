@@ -169,8 +169,7 @@ class OpenRound:
         pieces = {peer: len(work.pieces) for peer, work in round_.work.items()}
         wanted = round_.work if self._receives else round_.work.keys() & {self._me}
         missing = {peer: self._held[peer] for peer in wanted if self._held[peer] < pieces[peer]}
-        touched = any(self._held[peer] for peer in missing if peer != self._me)  # by whom, nobody can say
-        unused = frozenset() if touched else frozenset(round_.members) - reduction.used - {self._me}
+        unused = frozenset(round_.members) - reduction.used - {self._me}
         lost = frozenset(self._lost) | frozenset(reduction.lost)
         _, line, attempt = round_.name
         return Done(line, attempt, missing, lost, unused)

@@ -34,6 +34,7 @@ class _Line:
     group: Group  # who sits there; others only stand in for somebody
     round: Round | None = None  # the present attempt, if it is not the first
     done: dict[PeerId, Done] = field(default_factory=dict)
+    said: list[tuple[PeerId, Done, Round | None]] = field(default_factory=list)  # of all attempts
 
     @property
     def members(self) -> tuple[PeerId, ...]:
@@ -59,7 +60,6 @@ class Holdings:
                 for peer in group.members:
                     self._of[peer].append(line)
         self.outdated: set[PeerId] = set()  # members whose mean, if they have one, is not everybody's
-        self._unused_by: dict[PeerId, frozenset[PeerId]] = {}  # after their first attempt at a pass
         self.failed = ""  # why the plan cannot be carried out
 
     @property
@@ -85,12 +85,29 @@ class Holdings:
 
     def left_out(self) -> set[PeerId]:
         """Lost members of whose vector nothing is in the mean, as far as the living can tell."""
-        found = set()
-        for peer in self._modes.keys() - self._alive.keys():
-            witnesses = [p for p in self._of[peer][0].group.members if p in self._alive]
-            if witnesses and all(peer in self._unused_by.get(p, ()) for p in witnesses):
-                found.add(peer)
-        return found
+        lost = self._modes.keys() - self._alive.keys()
+        lines = {
+            peer: self._of[peer][-self._grid.dimensions] for peer in lost
+        }  # what counts is the last pass
+        return {peer for peer, line in lines.items() if not self._may_be_inside(peer, line)}
+
+    def _may_be_inside(self, peer: PeerId, line: _Line) -> bool:
+        """May something of a lost member be in the means of its first line?"""
+        if not any(member in self._alive for member, _, _ in line.said):
+            return True
+        first = self._first_round(line)
+        for member, done, round_ in line.said:
+            attempt = round_ or first
+            if member in self._alive and peer in attempt.members and peer not in done.unused:
+                return True
+            for reducer, work in attempt.work.items():
+                held = done.missing.get(reducer, len(work.pieces))
+                if held and reducer not in self._alive:  # nobody can say any more what is in that
+                    return True
+        return False
+
+    def _first_round(self, line: _Line) -> Round:
+        return first_round(self._plan, line.group.members[0], line.number, rules=self._rules)
 
     def take(self, peer: PeerId, done: Done) -> list[Round]:
         """A member has come to the end of an attempt."""
@@ -100,8 +117,8 @@ class Holdings:
         if done.attempt != line.attempt:
             return []
         line.done[peer] = done
-        if line.group.dimension == done.attempt == 0:  # what counts is the last pass
-            self._unused_by[peer] = done.unused
+        if line.group.dimension == 0:
+            line.said.append((peer, done, line.round))
         return self._repeat([line])
 
     def lose(self, peer: PeerId) -> list[Round]:
@@ -135,8 +152,7 @@ class Holdings:
             self.failed = f"a round lost somebody, after {line.attempt} repairs"
             return None
         group, living = line.group, self._living(line)
-        first = group.members[0]
-        before = line.round or first_round(self._plan, first, line.number, rules=self._rules)
+        before = line.round or self._first_round(line)
         reducers, speakers = self._sound(line, living), self._speakers(before, group.dimension)
         if speakers is None or not reducers:
             self.failed = "nobody is left to speak for a group, or to reduce"

@@ -75,7 +75,7 @@ class Done:
     attempt: int
     missing: Mapping[PeerId, int] = field(default_factory=dict)  # reducer -> how many of its pieces are here
     lost: frozenset[PeerId] = frozenset()  # groupmates from whom not everything came
-    unused: frozenset[PeerId] = frozenset()  # groupmates of whom nothing is in what it reduced or holds
+    unused: frozenset[PeerId] = frozenset()  # groupmates of whom nothing is in what it reduced
 
 
 def first_round(plan: Plan, peer: PeerId, number: int, *, rules: StepRules) -> Round:
