@@ -200,7 +200,9 @@ class Coordinator:
             ballot.reports[peer] = self._checked(ballot, peer, message.report)
             self.consider(ballot)
         elif kind == "frozen" and ballot.plan is not None and peer not in ballot.ids:
-            ids = {i for i in message.frozen.ids[:MAX_IDS] if len(i) == ID_BYTES}
+            ids = set(message.frozen.ids)
+            if len(ids) > MAX_IDS or any(len(each) != ID_BYTES for each in ids):
+                raise ProtocolError(peer, f"froze {len(ids)} microbatches, or some without a proper id")
             if any(not ids.isdisjoint(others) for others in ballot.ids.values()):
                 ballot.duplicates.add(peer)
             ballot.ids[peer] = ids

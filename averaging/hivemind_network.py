@@ -229,7 +229,7 @@ async def _no_addresses(peer: PeerId) -> Sequence[str]:
 
 
 def _forget_oldest(known: dict[PeerId, Any]) -> None:
-    """Peers come and go for as long as this one lives."""
+    """Keep what is known of the last `MAX_REACHED` peers."""
     while len(known) > MAX_REACHED:
         del known[next(iter(known))]
 

@@ -54,6 +54,10 @@ def worker_commands(side: str, codec: str, peers: int, values: int) -> list[list
     return [[*command, *sizes, "--index", str(index)] for index in range(peers)]
 
 
+class WorkerDied(SystemExit):
+    """Ends the benchmark, unless it was asked for."""
+
+
 class Workers:
     """The processes of one side, driven line by line through their pipes."""
 
@@ -67,7 +71,7 @@ class Workers:
         self.hear()
 
     def hear(self, limit_s: float = 600.0) -> list[Any]:
-        """One line of JSON from each that has not been struck. Raises TimeoutError."""
+        """One line of JSON from each that has not been struck. Raises TimeoutError, WorkerDied."""
         end_s, lines = time.monotonic() + limit_s, dict[int, str]()
         pipes = {process.stdout: number for number, process in enumerate(self._living)}
         while len(lines) < len(pipes):
@@ -77,7 +81,7 @@ class Workers:
                 raise TimeoutError
             for pipe in ready:
                 if not (line := pipe.readline()):  # the others may wait for it in vain
-                    raise SystemExit(f"worker {pipes[pipe]} died: {self._living[pipes[pipe]].args}")
+                    raise WorkerDied(f"worker {pipes[pipe]} died: {self._living[pipes[pipe]].args}")
                 lines[pipes[pipe]] = line
         return [json.loads(lines[number]) for number in range(len(pipes))]
 
@@ -107,7 +111,7 @@ class Workers:
         struck = time.monotonic()
         try:
             ended = max(each["end"] for each in self.hear(FAULT_LIMIT_S))
-        except TimeoutError:
+        except (TimeoutError, WorkerDied):
             return {"s": FAULT_LIMIT_S, "identical": 0.0, "error": math.inf}
         self.tell("check")
         said = self.hear()
