@@ -110,6 +110,23 @@ def test_a_stage_whose_gradients_travel_as_factors_stays_identical_and_survives_
     simulate(test, *settings, peers=3)
 
 
+def test_gradients_travel_whole_for_two_warm_ups_of_the_learning_rate():
+    async def test(sim):
+        passes: dict[int, int] = {}
+
+        def note(peer):
+            updater, stage = sim.peers[peer].peer.updater, sim.peers[peer].peer.stage
+            passes[stage.version] = len(updater.passes)
+
+        sim.on_freeze = note
+        await train(sim, 60)
+        assert max(passes) >= 5
+        assert passes == {version: 1 if version < 4 else 2 for version in passes}
+
+    settings = ["averaging.codec=float16", "averaging.rank=2", "training.optimizer.warmup_steps=2"]
+    simulate(test, *settings, "model.width=64")
+
+
 @pytest.mark.parametrize("codec", ["float32", "int8"])
 def test_auxiliaries_reduce_for_a_stage_get_no_hops_and_may_die(codec):
     async def test(sim):
