@@ -110,7 +110,7 @@ def test_a_stage_whose_gradients_travel_as_factors_stays_identical_and_survives_
     simulate(test, *settings, peers=3)
 
 
-def test_gradients_travel_whole_for_two_warm_ups_of_the_learning_rate():
+def test_gradients_travel_whole_for_three_warm_ups_of_the_learning_rate():
     async def test(sim):
         passes: dict[int, int] = {}
 
@@ -121,9 +121,9 @@ def test_gradients_travel_whole_for_two_warm_ups_of_the_learning_rate():
         sim.on_freeze = note
         await train(sim, 60)
         assert max(passes) >= 5
-        assert passes == {version: 1 if version < 4 else 2 for version in passes}
+        assert passes == {version: 1 if version < 3 else 2 for version in passes}
 
-    settings = ["averaging.codec=float16", "averaging.rank=2", "training.optimizer.warmup_steps=2"]
+    settings = ["averaging.codec=float16", "averaging.rank=2", "training.optimizer.warmup_steps=1"]
     simulate(test, *settings, "model.width=64")
 
 
