@@ -142,9 +142,7 @@ class AveragingConfig(_Section):
     )
     mean_codec: AveragingCodec | None = Field(None, description="of what they get back; default: as `codec`")
     rank: Positive | None = Field(
-        None,
-        description="PowerSGD: matrices travel as so many columns and rows; null: whole. What comes late "
-        "acts like momentum: a lower `training.optimizer.beta1` suits it",
+        None, description="PowerSGD: matrices travel as so many columns and rows; null: whole"
     )
     rank_from: int | None = Field(
         None, ge=0, description="first step with `rank`; default: three warm-ups of the learning rate"
