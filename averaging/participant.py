@@ -358,7 +358,7 @@ class Participant:
         """What all members commit to, this one with them; None if the plan is abandoned."""
         if verdict is None:
             return await self._committed_elsewhere(under_way.plan)
-        committed = Committed(tuple(verdict.ids), tuple(verdict.left_out), tuple(verdict.outdated))
+        committed = _committed_of(verdict)
         key = under_way.plan.key
         return committed if verdict.commit and self.coordinator.commit(key, committed) else None
 
@@ -403,7 +403,7 @@ class Participant:
             answers = await self._ask_all(undecided, plan)
             for answer in answers.values():
                 if answer.committed:
-                    committed = Committed(tuple(answer.ids), tuple(answer.left_out), tuple(answer.outdated))
+                    committed = _committed_of(answer)
                     self.coordinator.learn_committed(plan.key, committed)
                     return committed
             pending = [peer for peer, answer in answers.items() if answer.pending]
@@ -447,6 +447,10 @@ class Participant:
             return await self.coordinator.query(peer, pb.StepQuery(plan=plan.key))
         except LinkError as error:
             return pb.StepInfo() if error.refused else None
+
+
+def _committed_of(message: pb.Verdict | pb.StepInfo) -> Committed:
+    return Committed(tuple(message.ids), tuple(message.left_out), tuple(message.outdated))
 
 
 async def _finish(stream: Stream) -> None:

@@ -86,10 +86,8 @@ class Holdings:
     def left_out(self) -> set[PeerId]:
         """Lost members of whose vector nothing is in the mean, as far as the living can tell."""
         lost = self._modes.keys() - self._alive.keys()
-        lines = {
-            peer: self._of[peer][-self._grid.dimensions] for peer in lost
-        }  # what counts is the last pass
-        return {peer for peer, line in lines.items() if not self._may_be_inside(peer, line)}
+        last_pass = -self._grid.dimensions  # its first line is what counts
+        return {peer for peer in lost if not self._may_be_inside(peer, self._of[peer][last_pass])}
 
     def _may_be_inside(self, peer: PeerId, line: _Line) -> bool:
         """May something of a lost member be in the means of its first line?"""
@@ -101,7 +99,7 @@ class Holdings:
             if member in self._alive and peer in attempt.members and peer not in done.unused:
                 return True
             for reducer, work in attempt.work.items():
-                held = done.missing.get(reducer, len(work.pieces))
+                held = self._held(member, done, reducer, len(work.pieces))
                 if held and reducer not in self._alive:  # nobody can say any more what is in that
                     return True
         return False
@@ -212,7 +210,7 @@ class Holdings:
         lost: list[Slice] = []
         for reducer in sorted({r for peer in wanting for r in line.done[peer].missing if r in before.work}):
             pieces = before.work[reducer].pieces
-            held = {p: self._held(p, reducer, line, len(pieces)) for p in {*wanting, *able}}
+            held = {p: self._held(p, line.done[p], reducer, len(pieces)) for p in {*wanting, *able}}
             start = min(held[p] for p in wanting)
             for holder in (max(among, key=lambda peer: held[peer]) for among in (reducers, able)):
                 passed.setdefault(holder, []).extend(pieces[start : held[holder]])
@@ -225,7 +223,8 @@ class Holdings:
         every = {peer: Work(tuple(reduced.get(peer, ())), tuple(passed.get(peer, ()))) for peer in able}
         return {peer: work for peer, work in every.items() if work.pieces}
 
-    def _held(self, peer: PeerId, reducer: PeerId, line: _Line, every: int) -> int:
+    def _held(self, peer: PeerId, done: Done, reducer: PeerId, every: int) -> int:
+        """How many of the `every` pieces of a reducer are with a peer that has said `done`."""
         if self._modes[peer] is Mode.AUXILIARY and peer != reducer:
             return 0
-        return min(every, line.done[peer].missing.get(reducer, every))
+        return min(every, done.missing.get(reducer, every))

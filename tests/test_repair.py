@@ -198,17 +198,20 @@ def test_what_only_its_own_reducer_holds_is_passed_on_by_it_whoever_complains():
     assert not holdings.outdated
 
 
+@pytest.mark.parametrize("helpers", [(), ("x0",)])  # auxiliaries miss nothing, and hold nothing
 @pytest.mark.parametrize("held,inside", [(0, False), (1, True), (None, True)])
-def test_who_was_lost_is_inside_if_anybody_holds_a_piece_of_which_nobody_living_knows(held, inside):
+def test_who_was_lost_is_inside_if_anybody_holds_a_piece_of_which_nobody_living_knows(held, inside, helpers):
     """`held` pieces of what m3 itself had reduced; None: all of them, so that nobody complains."""
-    _, holdings = with_auxiliaries(4, 0)
+    _, holdings = with_auxiliaries(4, len(helpers))
     gone, others = frozenset({"m3"}), ("m0", "m1", "m2")
     missing = {} if held is None else {"m3": held}
     for name in others:
         holdings.take(name, Done(0, 0, missing=missing, unused=gone))
+    for name in helpers:
+        holdings.take(name, Done(0, 0, unused=gone))
     for repair in holdings.lose("m3"):
         assert "m3" not in repair.members
-        for name in others:
+        for name in (*others, *helpers):
             holdings.take(name, Done(0, repair.attempt))
     assert holdings.complete
     assert holdings.left_out() == (set() if inside else {"m3"})

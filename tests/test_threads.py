@@ -7,22 +7,21 @@ import time
 import pytest
 
 COMPUTING = """
-import time, torch
+import threading, torch
 from swarm.compute import ComputeThread, Priority
 
 x = torch.randn(300, 300, requires_grad=True)
-began = []
+began = threading.Event()
 
 def job():
-    began.append(True)
+    began.set()
     for _ in range(100):
         (x @ x).sum().backward()
 
 compute = ComputeThread(1)
 for _ in range(50):
     compute.submit(Priority.FORWARD, job)
-while not began:
-    time.sleep(0.01)
+began.wait()
 """
 READING = """
 import torch
