@@ -9,15 +9,15 @@ I/O: one event loop; every call has a deadline.
 import asyncio
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord
-from hivemind.p2p import P2P
+from hivemind.p2p import P2P, PeerID
 from hivemind.proto import crypto_pb2
 from hivemind.utils.crypto import RSAPrivateKey
 from hivemind.utils.serializer import MSGPackSerializer
@@ -34,10 +34,12 @@ MANIFEST_EXPIRE_S = 24 * 3600.0
 CALL_S = 10.0
 JOIN_S = 30.0
 LOOK_AGAIN_S = 1.0
+REMEMBERED_NODES = 64
 SIGNATURE_BYTES = 1024  # at most, with the engine's framing
 RUN_KEY_BYTES = DHTID.generate(source=RUN_KEY).to_bytes()
 _OWNER = re.compile(re.escape(RSASignatureValidator.PUBLIC_KEY_FORMAT).replace(b"_key_", b"(.+?)"))
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def make_identity(path: Path) -> RSAPrivateKey:
@@ -87,6 +89,7 @@ class HivemindDirectory:
         self._node, self._owner_tag, self._expire_s = node, validator.local_public_key, expire_s
         self.run = ""  # set once the manifest is known; part of every key
         self._asked = {address.rpartition("/p2p/")[2] for address in joined}
+        self._met: list[PeerID] = []  # nodes that answered lately
         self._stages = 0  # known with the manifest, too
         self._read: dict[int, tuple[float, dict[PeerId, tuple[str, ...]]]] = {}  # stage -> when, addresses
         self._looking = asyncio.Lock()
@@ -101,7 +104,11 @@ class HivemindDirectory:
         try:
             async with asyncio.timeout(JOIN_S):
                 node = await DHTNode.create(
-                    p2p=p2p, initial_peers=list(peers) or None, record_validator=validator, num_workers=4
+                    p2p=p2p,
+                    initial_peers=list(peers) or None,
+                    record_validator=validator,
+                    num_workers=4,
+                    reuse_get_requests=False,  # a read must not answer with what was there before it began
                 )
         except TimeoutError:
             raise NoAnswerError(f"no answer from {', '.join(peers)} within {JOIN_S:.0f} s") from None
@@ -183,23 +190,47 @@ class HivemindDirectory:
         return f"swarm/{self.run}/stage/{stage}"
 
     async def _store(self, key: str, value: bytes, lifetime_s: float) -> None:
-        try:
-            async with asyncio.timeout(CALL_S):
-                stored = await self._node.store(
-                    key, value, get_dht_time() + lifetime_s, subkey=self._owner_tag
-                )
-        except TimeoutError:
-            raise LinkError("dht", f"{key} could not be stored within {CALL_S:.0f} s") from None
-        if not stored:
+        def store() -> Awaitable[bool]:
+            return self._node.store(key, value, get_dht_time() + lifetime_s, subkey=self._owner_tag)
+
+        if not await self._with_others(store, f"{key} could not be stored"):
             log.warning("the DHT refused %s", key)
 
-    async def _load(self, key: str) -> list[tuple[PeerId, Any]]:
-        """(owner, value) of every signed subkey; the engine has checked the signatures."""
+    async def _with_others(self, call: Callable[[], Awaitable[T]], failed: str) -> T:
+        """What `call` comes to, if others took part in it. Raises LinkError.
+
+        The engine forgets whoever does not answer once. Who has forgotten everybody reads nothing but its own
+        records, and would take itself for the only peer.
+        """
         try:
             async with asyncio.timeout(CALL_S):
-                found = await self._node.get(key, latest=True)
+                result = await call()
+                if not await self._knows_others():
+                    await self._meet_again()
+                    result = await call()
+                if await self._knows_others():
+                    return result
         except TimeoutError:
-            raise LinkError("dht", f"{key} could not be read within {CALL_S:.0f} s") from None
+            raise LinkError("dht", f"{failed} within {CALL_S:.0f} s") from None
+        raise LinkError("dht", f"{failed}: nobody answers, is this machine online?")
+
+    async def _knows_others(self) -> bool:
+        await asyncio.sleep(0)  # the engine notes in a task of its own who has not answered
+        known = list(self._node.protocol.routing_table.peer_id_to_uid)
+        self._met = known[:REMEMBERED_NODES] or self._met
+        return bool(known) or not self._asked  # the first node may be alone
+
+    async def _meet_again(self) -> None:
+        asked = [PeerID.from_base58(peer) for peer in self._asked]
+        await asyncio.gather(*(self._meet(peer) for peer in dict.fromkeys([*asked, *self._met])))
+
+    async def _meet(self, peer: PeerID) -> None:
+        if await self._node.protocol.call_ping(peer) is not None:
+            self._node.blacklist.register_success(peer)
+
+    async def _load(self, key: str) -> list[tuple[PeerId, Any]]:
+        """(owner, value) of every signed subkey; the engine has checked the signatures. Raises LinkError."""
+        found = await self._with_others(lambda: self._node.get(key, latest=True), f"{key} could not be read")
         entries: list[tuple[PeerId, Any]] = []
         if found is None or not hasattr(found.value, "items"):
             return entries

@@ -13,7 +13,7 @@ from averaging.network import PeerId
 from swarm.directory import Directory
 from swarm.records import PeerRecord
 
-WITHDRAW_S = 2.0
+WITHDRAW_S, RETRY_S = 2.0, 1.0
 log = logging.getLogger(__name__)
 
 
@@ -38,9 +38,19 @@ class Membership:
         return [peer for peer, record in self.others.items() if record.aggregates_only]
 
     async def enter(self) -> None:
-        """Be found from now on. Raises LinkError."""
-        await self._directory.announce(self._record())
-        await self.read()  # after announcing: of two that start together, one sees the other
+        """Be found from now on; tried until it succeeds."""
+        while not await self._renewed():
+            pass
+
+    async def _renewed(self) -> bool:
+        try:
+            await self._directory.announce(self._record())
+            await self.read()  # after announcing: of two that start together, one sees the other
+        except LinkError as error:
+            log.warning("%s; trying again", error)
+            await asyncio.sleep(RETRY_S)
+            return False
+        return True
 
     async def read(self) -> None:
         """Who else is there? Raises LinkError."""
@@ -52,10 +62,7 @@ class Membership:
         """Renew the record and read the roster, every period, until cancelled."""
         while True:
             await asyncio.sleep(self._period_s)
-            try:
-                await self.enter()
-            except LinkError as error:
-                log.warning("%s; trying again", error)
+            await self._renewed()
 
     async def withdraw(self) -> None:
         """Be found no more, at the latest when the record expires."""

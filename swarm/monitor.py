@@ -6,6 +6,7 @@ I/O: files in the run's folder, W&B, the terminal.
 """
 
 import json
+import logging
 import statistics
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from swarm.metrics import TABLE
 
 MAX_SENDERS, MAX_HASHES = 16_384, 65_536
 FRESH_S = 6.0  # a process that has not reported for longer is not shown as live
+log = logging.getLogger(__name__)
 
 
 class Monitor:
@@ -39,7 +41,7 @@ class Monitor:
         self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self._wandb: Any = None
         self.drift = 0  # peers seen with another state than their stage mates at one version
-        self._hashes: dict[tuple[int, int], str] = {}
+        self._hashes: dict[tuple[int, int], tuple[str, str]] = {}  # stage, version -> first seen, with whom
 
     def open_wandb(self) -> None:
         """Begin logging to W&B, offline unless configured."""
@@ -63,17 +65,27 @@ class Monitor:
         """Note one push of metrics, validated."""
         if sender not in self._latest and len(self._latest) >= MAX_SENDERS:
             return
+        _, before = self._latest.get(sender, (0.0, {}))
         self._latest[sender] = (time.time(), values)
-        if values["kind"] == "peer" and values.get("hash"):
-            key = (int(values["stage"]), int(values["version"]))
-            if self._hashes.setdefault(key, values["hash"]) != values["hash"]:
-                self.drift += 1
-            while len(self._hashes) > MAX_HASHES:
-                del self._hashes[next(iter(self._hashes))]
+        if values["kind"] == "peer" and values.get("hash") and before.get("hash") != values["hash"]:
+            self._compare(values)
         if values["kind"] == "trainer" and values.get("tokens"):
             now = time.time()
             self._first_tokens_at = self._first_tokens_at or now
             self._last_tokens_at = now
+
+    def _compare(self, values: dict[str, Any]) -> None:
+        """Is a peer's new state that of its stage mates?"""
+        name, stage, version = str(values.get("name")), int(values["stage"]), int(values["version"])
+        known, whose = self._hashes.setdefault((stage, version), (values["hash"], name))
+        if known != values["hash"]:
+            self.drift += 1
+            log.warning(
+                "stage %d, version %d: %s and %s hold different states; one of them will load the other's",
+                *(stage, version, whose, name),
+            )
+        while len(self._hashes) > MAX_HASHES:
+            del self._hashes[next(iter(self._hashes))]
 
     # views
 

@@ -66,7 +66,7 @@ class Processes:
                 process.wait()
 
     def logs(self) -> str:
-        return "\n".join(f"== {p.name}\n{p.read_text()[-1500:]}" for p in sorted(self.folder.glob("*.log")))
+        return "\n".join(f"== {p.name}\n{p.read_text()[-1500:]}" for p in sorted(self.folder.rglob("*.log")))
 
 
 @pytest.fixture
@@ -133,7 +133,8 @@ def test_the_data_parallel_run_file_trains_one_stage_on_four_peers_and_an_auxili
     assert helped and int(helped[1]) >= 1, processes.logs()
     assert organizing.wait(120) == 0, processes.logs()
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["steps"] >= 8 and summary["drifted_states"] == summary["microbatches"]["lost"] == 0
+    assert summary["steps"] >= 8, processes.logs()
+    assert summary["drifted_states"] == summary["microbatches"]["lost"] == 0, processes.logs()
     peers = [(run / "logs" / f"peer-{number}.log").read_text() for number in range(4)]
     assert all("serving stage 0" in log for log in peers), processes.logs()
 

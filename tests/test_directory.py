@@ -1,6 +1,7 @@
 """The directory on the real DHT: what is found there, and what strangers cannot do to it."""
 
 import asyncio
+import signal
 
 import pytest
 import uvloop
@@ -10,6 +11,7 @@ from hivemind.utils.crypto import RSAPrivateKey
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import get_dht_time
 
+from averaging.errors import LinkError
 from averaging.hivemind_network import start_daemon
 from swarm.config import dump_run
 from swarm.dht import MAX_RECORD_BYTES, RUN_KEY, RUN_KEY_BYTES, OwnedRecords
@@ -59,6 +61,30 @@ def test_one_read_answers_all_who_look_for_peers_that_are_not_there(monkeypatch)
             monkeypatch.setattr(here.directory, "roster", counted)
             looked = await asyncio.gather(*(here.directory.addresses(f"nobody{i}") for i in range(20)))
             assert looked == [()] * 20 and sorted(reads) == [0, 1, 2]
+
+    uvloop.run(main())
+
+
+def test_who_reaches_nobody_is_told_so_and_finds_the_others_when_they_answer_again():
+    async def main():
+        async with joined([]) as organizer, joined([organizer.addresses[0]]) as peer:
+            await organizer.directory.publish_manifest(pack_manifest(dump_run(tiny_run())))
+            for here in (organizer, peer):
+                await here.directory.manifest()
+            peer.directory._node.protocol.wait_timeout = 0.5
+            record = PeerRecord(peer=peer.network.peer_id, stage=1, addresses=peer.addresses, announced_s=0.0)
+            daemon = organizer.network._p2p._child
+            daemon.send_signal(signal.SIGSTOP)
+            try:
+                with pytest.raises(LinkError, match="nobody answers"):
+                    await peer.directory.roster(1)  # not: nobody is there
+                with pytest.raises(LinkError, match="nobody answers"):
+                    await peer.directory.announce(record)
+            finally:
+                daemon.send_signal(signal.SIGCONT)
+            peer.directory._node.protocol.wait_timeout = 3.0
+            await peer.directory.announce(record)
+            assert [found.peer for found in await organizer.directory.roster(1)] == [record.peer]
 
     uvloop.run(main())
 
