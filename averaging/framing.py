@@ -12,6 +12,7 @@ I/O: one asyncio loop; no threads.
 import asyncio
 import struct
 from collections import deque
+from collections.abc import Callable
 
 from averaging.errors import LinkError
 from averaging.flow import Window
@@ -256,11 +257,17 @@ class FrameProtocol(asyncio.BufferedProtocol):
 class FramedStream:
     """A stream of frames over a byte transport; satisfies `averaging.network.Stream`."""
 
-    def __init__(self, protocol: FrameProtocol, owner: object) -> None:
-        self.remote = protocol.remote
+    def __init__(
+        self, protocol: FrameProtocol, owner: object, superseded: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.remote, self._superseded = protocol.remote, superseded
         self._protocol, self._sending = protocol, asyncio.Lock()
         self._finishing = False
         self._owner = owner  # the engine's reader and writer: dropping them would close the transport
+
+    @property
+    def superseded(self) -> bool:
+        return self._superseded()
 
     async def send(self, header: bytes, payload: Buffer = b"") -> None:
         protocol = self._protocol

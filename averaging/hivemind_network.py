@@ -1,15 +1,17 @@
 """The real network: hivemind's libp2p daemon behind the `Network` Protocol.
 
-Identities, encryption, relays and hole punching are the engine's; on each raw binary stream it opens we
-speak our own frames (`averaging.framing`). The listener speaks first: a greeting of six bytes (magic,
-protocol version). The dialer reads it before it sends anything, so that on both ends nothing is left in
-the engine's reader when `FrameProtocol` takes the transport over.
+Identities, relays and hole punching are the engine's; on each raw binary stream it opens we speak our own
+frames (`averaging.framing`). The listener speaks first: a greeting of six bytes (magic, protocol version).
+The dialer reads it before it sends anything, so that on both ends nothing is left in a reader when
+`FrameProtocol` takes the transport over. Peers that can connect to each other without their daemons do so
+from the second stream on (`averaging.direct`).
 
 I/O: one asyncio loop owns it; the daemon is the only child process. The daemon ends with us, also when
 we are killed: it exits when its control connection closes.
 """
 
 import asyncio
+import logging
 import os
 import re
 import struct
@@ -26,6 +28,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
+from averaging.direct import OFFER, DirectListener, DirectPaths, Ends
 from averaging.errors import LinkError, NoAnswerError, PortTakenError, UserError, VersionMismatchError
 from averaging.flow import Window
 from averaging.framing import FramedStream, FrameProtocol
@@ -36,8 +39,10 @@ GREETING = struct.Struct("<4sH")
 MAGIC = b"SWRM"
 DAEMON_START_S = 90.0  # the engine's own 15 s is too short on loaded machines
 DIAL_S = 10.0
+DIRECT_S = 3.0  # for a greeting where one was heard before; then there is time to try the daemons
 PROBE_S = 1.0
 PROGRESS_S = 5.0
+OFFERS = "direct"  # the service that tells how to connect without the daemons
 FIRST_FRAME_S = 10.0
 STREAMS_EACH = 256  # that one peer may have open here
 MAX_REACHED = 16_384
@@ -46,6 +51,7 @@ _TCP = re.compile(r"/ip[46]/([^/]+)/tcp/(\d+)")
 _UNANSWERED = (P2PDaemonError, OSError, EOFError)
 Addresses = Callable[[PeerId], Awaitable[Sequence[str]]]
 Host = tuple[str, int]
+log = logging.getLogger(__name__)
 
 
 async def start_daemon(
@@ -113,10 +119,25 @@ class HivemindNetwork:
         self._served: Counter[PeerId] = Counter()  # streams that each peer has open here
         self._windows: dict[PeerId, Window] = {}
         self._reached: dict[PeerId, set[Host]] = {}  # where the daemon has been connected with each
+        self._handlers: dict[str, tuple[Handler, int]] = {}  # of each service, and its largest payload
+        self._listener, self._paths = DirectListener(self._answer), DirectPaths()
+        self._looking: set[asyncio.Task[None]] = set()
 
     def use_addresses(self, addresses: Addresses) -> None:
         """Where to dial a peer that the daemon's own routing does not find."""
         self._addresses = addresses
+
+    async def listen(self, host: str, port: int = 0) -> None:
+        """Let others connect without the daemons. Raises OSError."""
+        await self._listener.start(host, port)
+        await self._p2p.add_binary_stream_handler(_protocol_name(OFFERS), self._offer)
+
+    def close(self) -> None:
+        """No more direct connections; the daemon is its owner's."""
+        self._listener.close()
+        self._paths.close()
+        for task in self._looking:
+            task.cancel()
 
     async def open(self, peer: PeerId, service: str, *, max_payload_bytes: int = 0) -> Stream:
         if peer == self.peer_id:
@@ -130,32 +151,66 @@ class HivemindNetwork:
             raise LinkError(peer, f"cannot open {service!r}: {_first_line(error)}") from None
 
     async def _dial(self, peer: PeerId, service: str, max_payload_bytes: int) -> Stream:
+        opened = await self._opened_directly(peer, service)
+        if opened is not None:
+            return self._framed(peer, *opened, max_payload_bytes)
+        opened = await self._opened_by_daemons(peer, service)
+        if self._paths.wants(peer):
+            task = asyncio.create_task(self._find_path(peer))
+            self._looking.add(task)
+            task.add_done_callback(self._looking.discard)
+        return self._framed(peer, *opened, max_payload_bytes, lambda: self._paths.knows(peer))
+
+    async def _opened_by_daemons(self, peer: PeerId, service: str) -> Ends:
         try:
-            opened = await self._greeted(peer, service)
+            return await self._opened_where_known(peer, service)
         except _UNANSWERED:
             await self._connect(peer)
-            try:
-                opened = await self._greeted(peer, service)
-            except _UNANSWERED as error:  # it starts or ends, or the link broke again: no proof of an end
-                raise LinkError(peer, f"serves no {service!r}: {_first_line(error)}") from None
-        reader, writer = opened
-        return self._framed(peer, reader, writer, max_payload_bytes)
+        try:
+            return await self._opened_where_known(peer, service)
+        except _UNANSWERED as error:  # it starts or ends, or the link broke again: no proof of an end
+            raise LinkError(peer, f"serves no {service!r}: {_first_line(error)}") from None
 
-    async def _greeted(self, peer: PeerId, service: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Open a stream and read who answers. Raises one of `_UNANSWERED`, or VersionMismatchError."""
+    async def _opened_where_known(self, peer: PeerId, service: str) -> Ends:
         _, reader, writer = await self._p2p.call_binary_stream_handler(
             PeerID.from_base58(peer), _protocol_name(service)
         )
-        try:
-            magic, version = GREETING.unpack(await reader.readexactly(GREETING.size))
-            if magic != MAGIC or version != PROTOCOL_VERSION:
-                theirs = version if magic == MAGIC else None
-                raise VersionMismatchError(peer, theirs=theirs, ours=PROTOCOL_VERSION)
-            await self._note_path(peer)
-        except BaseException:
-            writer.transport.abort()
-            raise
+        await _greeted(peer, reader, writer)
+        await self._note_path(peer)
         return reader, writer
+
+    async def _opened_directly(self, peer: PeerId, service: str) -> Ends | None:
+        """None if there is no path past the daemons, or nobody answers there any more."""
+        opened = await self._paths.open(peer, service)
+        if opened is None:
+            return None
+        try:
+            async with asyncio.timeout(DIRECT_S):
+                await _greeted(peer, *opened)
+        except (OSError, EOFError, TimeoutError):
+            self._paths.forget(peer)
+            return None
+        return opened
+
+    async def _find_path(self, peer: PeerId) -> None:
+        """Ask a peer how to connect to it without the daemons, and see whether that works from here."""
+        try:
+            async with asyncio.timeout(DIAL_S):
+                reader, writer = await self._opened_where_known(peer, OFFERS)
+                try:
+                    offer = await reader.readexactly(OFFER.size)
+                finally:
+                    writer.transport.abort()
+                await self._paths.find(peer, offer, [host for host, _ in self._reached.get(peer, ())])
+        except (*_UNANSWERED, LinkError, TimeoutError) as error:
+            log.debug("no direct path to %s: %s", peer[-8:], error)
+
+    async def _offer(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer `_find_path` of another peer."""
+        offer = self._listener.offer_to(info.peer_id.to_base58())
+        writer.write(GREETING.pack(MAGIC, PROTOCOL_VERSION) + offer)
+        await writer.drain()
+        writer.close()
 
     async def _note_path(self, peer: PeerId) -> None:
         """Remember at which address this peer is what answers."""
@@ -183,35 +238,49 @@ class HivemindNetwork:
 
     async def serve(self, service: str, handler: Handler, *, max_payload_bytes: int = 0) -> None:
         await self._loopback.serve(service, handler, max_payload_bytes=max_payload_bytes)
+        self._handlers[service] = handler, max_payload_bytes
 
         async def answer(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            cast(asyncio.Transport, writer.transport).pause_reading()
-            remote = info.peer_id.to_base58()
-            if self._served[remote] >= STREAMS_EACH:
-                writer.transport.write(GREETING.pack(MAGIC, PROTOCOL_VERSION))  # busy, not gone
-                return writer.transport.close()
-            self._served[remote] += 1
-            stream = self._framed(remote, reader, writer, max_payload_bytes)
-            writer.transport.write(GREETING.pack(MAGIC, PROTOCOL_VERSION))
-            asyncio.get_running_loop().call_later(FIRST_FRAME_S, stream.abort_if_silent)
-            try:
-                await handler(stream)
-            except LinkError:
-                pass  # the other end went away: its own business
-            finally:
-                self._served -= Counter((remote,))
-                stream.abort_unless_finished()
+            await self._answer(info.peer_id.to_base58(), service, reader, writer)
 
         await self._p2p.add_binary_stream_handler(_protocol_name(service), answer)
 
+    async def _answer(
+        self, remote: PeerId, service: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """A stream to one of the services has come in."""
+        cast(asyncio.Transport, writer.transport).pause_reading()
+        if service not in self._handlers:
+            return writer.transport.abort()
+        handler, max_payload_bytes = self._handlers[service]
+        if self._served[remote] >= STREAMS_EACH:
+            writer.transport.write(GREETING.pack(MAGIC, PROTOCOL_VERSION))  # busy, not gone
+            return writer.transport.close()
+        self._served[remote] += 1
+        stream = self._framed(remote, reader, writer, max_payload_bytes)
+        writer.transport.write(GREETING.pack(MAGIC, PROTOCOL_VERSION))
+        asyncio.get_running_loop().call_later(FIRST_FRAME_S, stream.abort_if_silent)
+        try:
+            await handler(stream)
+        except LinkError:
+            pass  # the other end went away: its own business
+        finally:
+            self._served -= Counter((remote,))
+            stream.abort_unless_finished()
+
     def _framed(
-        self, peer: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_payload_bytes: int
+        self,
+        peer: PeerId,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        max_payload_bytes: int,
+        superseded: Callable[[], bool] = lambda: False,
     ) -> FramedStream:
         window = self._windows.setdefault(peer, Window())
         _forget_oldest(self._windows)
         protocol = FrameProtocol(peer, max_payload_bytes, self._progress_s, window)
         protocol.attach(cast(asyncio.Transport, writer.transport))
-        return FramedStream(protocol, (reader, writer))
+        return FramedStream(protocol, (reader, writer), superseded)
 
     async def addresses(self) -> list[str]:
         """The addresses under which others may dial this process, each ending in its peer id."""
@@ -226,6 +295,18 @@ class HivemindNetwork:
 
 async def _no_addresses(peer: PeerId) -> Sequence[str]:
     return ()
+
+
+async def _greeted(peer: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Read who answers. Raises one of `_UNANSWERED`, or VersionMismatchError."""
+    try:
+        magic, version = GREETING.unpack(await reader.readexactly(GREETING.size))
+        if magic != MAGIC or version != PROTOCOL_VERSION:
+            theirs = version if magic == MAGIC else None
+            raise VersionMismatchError(peer, theirs=theirs, ours=PROTOCOL_VERSION)
+    except BaseException:
+        writer.transport.abort()
+        raise
 
 
 def _forget_oldest(known: dict[PeerId, Any]) -> None:

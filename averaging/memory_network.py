@@ -35,6 +35,8 @@ class Link:
 class MemoryStream:
     """One end of a stream inside this process."""
 
+    superseded = False
+
     def __init__(self, hub: "MemoryHub", local: PeerId, remote: PeerId, service: str, limit_bytes: int):
         self.remote, self._local, self._hub, self._service = remote, local, hub, service
         self._limit_bytes = limit_bytes

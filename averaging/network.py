@@ -42,6 +42,11 @@ class Stream(Protocol):
 
     remote: PeerId
 
+    @property
+    def superseded(self) -> bool:
+        """Has a better way to the other end been found? Then it is not worth keeping."""
+        ...
+
     async def send(self, header: bytes, payload: Buffer = b"") -> None:
         """Send one frame. Raises LinkError when the other end is gone or makes no progress."""
         ...
@@ -152,7 +157,7 @@ class Calls:
             stream.abort()
             raise LinkError(stream.remote, "closed the stream instead of answering")
         idle = self._idle.setdefault(stream.remote, deque())
-        if len(idle) < IDLE_STREAMS_PER_PEER:
+        if len(idle) < IDLE_STREAMS_PER_PEER and not stream.superseded:
             idle.append(stream)
         else:
             stream.abort()

@@ -39,12 +39,13 @@ async def joined(
 ) -> AsyncIterator[Joined]:
     """Start the daemon, enter the DHT, and leave both at the end. Raises UserError."""
     folder = Path(tempfile.mkdtemp(prefix="swarm-"))
-    p2p = None
+    p2p = network = None
     try:
         path = identity or folder / "identity"
         key = make_identity(path)
         p2p = await start_daemon(join=join, listen=listen, port=port, identity=path)
         network = HivemindNetwork(p2p)
+        await _listen(network, listen, port)
         directory = await HivemindDirectory.join(p2p, key, join)
         network.use_addresses(directory.addresses)
         yield Joined(network, directory, tuple(await network.addresses()))
@@ -52,12 +53,22 @@ async def joined(
             async with asyncio.timeout(3):
                 await directory.close()
     finally:
+        if network is not None:
+            network.close()
         if p2p is not None:
             _quiet_engine()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):
                     await p2p.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _listen(network: HivemindNetwork, host: str, port: int) -> None:
+    """For direct links: at the port after the daemon's, which is as likely to be open, or else at any."""
+    try:
+        await network.listen(host, port + 1 if 0 < port < 65535 else 0)
+    except OSError as error:
+        log.warning("no direct links to this process, all goes through the daemon: %s", error)
 
 
 def _quiet_engine() -> None:

@@ -1,4 +1,4 @@
-"""One contract suite for both networks: hivemind's and the in-memory twin."""
+"""One contract suite for all networks: hivemind's, with and without its daemons, and the in-memory twin."""
 
 import asyncio
 import contextlib
@@ -27,13 +27,38 @@ async def hivemind_pair():
         yield a.network, b.network
 
 
-def on_both(test):
-    """Run a coroutine test on either network: `test(dialer, listener)`."""
+@contextlib.asynccontextmanager
+async def daemon_pair():
+    """As where no direct connection is possible."""
+    async with hivemind_pair() as (a, b):
+        for network in (a, b):
+            network._listener.close()
+        yield a, b
 
-    @pytest.mark.parametrize("kind", ["memory", pytest.param("hivemind", marks=pytest.mark.real)])
+
+@contextlib.asynccontextmanager
+async def direct_pair():
+    """With the direct path from the first to the second known."""
+    async with hivemind_pair() as (a, b):
+        await b.serve("first", echo)
+        await Calls(a, "first", deadline_s=10).call(b.peer_id, b"")
+        async with asyncio.timeout(10):
+            while not a._paths.knows(b.peer_id):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        yield a, b
+
+
+PAIRS = {"memory": memory_pair, "daemons": daemon_pair, "direct": direct_pair}
+
+
+def on_all(test):
+    """Run a coroutine test on every network: `test(dialer, listener)`."""
+    real = [pytest.param(kind, marks=pytest.mark.real) for kind in ("daemons", "direct")]
+
+    @pytest.mark.parametrize("kind", ["memory", *real])
     def run(kind):
         async def main():
-            async with (memory_pair if kind == "memory" else hivemind_pair)() as (a, b):
+            async with PAIRS[kind]() as (a, b):
                 await test(a, b)
 
         (virtual_time.run if kind == "memory" else uvloop.run)(main())
@@ -49,7 +74,7 @@ async def echo(stream):
     await answer(stream, respond)
 
 
-@on_both
+@on_all
 async def test_a_frame_arrives_whole_and_its_answer_too(a, b):
     await b.serve("echo", echo, max_payload_bytes=1 << 24)
     calls = Calls(a, "echo", deadline_s=10, max_payload_bytes=1 << 24)
@@ -61,7 +86,7 @@ async def test_a_frame_arrives_whole_and_its_answer_too(a, b):
     calls.close()
 
 
-@on_both
+@on_all
 async def test_many_calls_at_once_do_not_mix(a, b):
     await b.serve("echo", echo, max_payload_bytes=1 << 20)
     calls = Calls(a, "echo", deadline_s=10, max_payload_bytes=1 << 20)
@@ -71,7 +96,7 @@ async def test_many_calls_at_once_do_not_mix(a, b):
     calls.close()
 
 
-@on_both
+@on_all
 async def test_a_finished_stream_ends_with_none_and_an_aborted_one_with_an_error(a, b):
     ends = asyncio.Queue()
 
@@ -95,7 +120,7 @@ async def test_a_finished_stream_ends_with_none_and_an_aborted_one_with_an_error
     assert await ends.get() == "broken"
 
 
-@on_both
+@on_all
 async def test_everything_sent_before_the_end_arrives(a, b):
     """Closing must not cut off what is under way (it did, with a plain close)."""
 
@@ -115,7 +140,7 @@ async def test_everything_sent_before_the_end_arrives(a, b):
     assert got == list(range(40))
 
 
-@on_both
+@on_all
 async def test_a_payload_over_the_bound_breaks_only_its_own_stream(a, b):
     await b.serve("echo", echo, max_payload_bytes=1000)
     calls = Calls(a, "echo", deadline_s=10, max_payload_bytes=1000)
@@ -125,13 +150,13 @@ async def test_a_payload_over_the_bound_breaks_only_its_own_stream(a, b):
     calls.close()
 
 
-@on_both
+@on_all
 async def test_a_service_that_is_not_served_is_a_link_error(a, b):
     with pytest.raises(LinkError):
         await a.open(b.peer_id, "nothing")
 
 
-@on_both
+@on_all
 async def test_a_process_can_dial_itself(a, b):
     await a.serve("echo", echo)
     calls = Calls(a, "echo", deadline_s=10)
@@ -139,7 +164,7 @@ async def test_a_process_can_dial_itself(a, b):
     calls.close()
 
 
-@on_both
+@on_all
 async def test_a_handler_that_returns_early_breaks_the_stream(a, b):
     async def leave(stream):
         await stream.receive()
@@ -151,7 +176,7 @@ async def test_a_handler_that_returns_early_breaks_the_stream(a, b):
         await stream.receive()
 
 
-@on_both
+@on_all
 async def test_a_call_that_is_not_answered_in_time_is_a_link_error(a, b):
     async def sleep(stream):
         await stream.receive()
