@@ -3,7 +3,7 @@
 Layers, each importing only those above it:
 
     errors, network, virtual_time, memory_network   the seam to the outside and its in-memory twin
-    framing, hivemind_network                       the real one: hivemind's libp2p daemon, and our frames
+    framing, daemon, direct, hivemind_network       the real one: hivemind's daemon, frames, links past it
     codecs, reduce                                  tensors and bytes; the mean
     shares, bandwidth, grid, plan, round, repair    who averages with whom, reduces what, and does it again
     feedback, lowrank                               what a message leaves out; matrices as products

@@ -6,30 +6,23 @@ The dialer reads it before it sends anything, so that on both ends nothing is le
 `FrameProtocol` takes the transport over. Peers that can connect to each other without their daemons do so
 from the second stream on (`averaging.direct`).
 
-I/O: one asyncio loop owns it; the daemon is the only child process. The daemon ends with us, also when
-we are killed: it exits when its control connection closes.
+I/O: one asyncio loop owns it, and the daemon of `averaging.daemon`.
 """
 
 import asyncio
 import logging
-import os
 import re
 import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from pathlib import Path
 from typing import Any, cast
-
-os.environ.setdefault("USE_LEGACY_BFLOAT16", "0")  # read by hivemind at import
-# Read by the daemon: one core carries 600 MB/s, and more would only take them from training.
-os.environ.setdefault("GOMAXPROCS", "1")
 
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
 from averaging.direct import OFFER, DirectListener, DirectPaths, Ends
-from averaging.errors import LinkError, NoAnswerError, PortTakenError, UserError, VersionMismatchError
+from averaging.errors import LinkError, VersionMismatchError
 from averaging.flow import Window
 from averaging.framing import FramedStream, FrameProtocol
 from averaging.memory_network import MemoryHub
@@ -37,7 +30,6 @@ from averaging.network import PROTOCOL_VERSION, Handler, PeerId, Stream
 
 GREETING = struct.Struct("<4sH")
 MAGIC = b"SWRM"
-DAEMON_START_S = 90.0  # the engine's own 15 s is too short on loaded machines
 DIAL_S = 10.0
 DIRECT_S = 3.0  # for a greeting where one was heard before; then there is time to try the daemons
 PROBE_S = 1.0
@@ -52,60 +44,6 @@ _UNANSWERED = (P2PDaemonError, OSError, EOFError)
 Addresses = Callable[[PeerId], Awaitable[Sequence[str]]]
 Host = tuple[str, int]
 log = logging.getLogger(__name__)
-
-
-async def start_daemon(
-    *, join: Sequence[str] = (), listen: str = "127.0.0.1", port: int = 0, identity: Path
-) -> P2P:
-    """Start the libp2p daemon. Raises UserError with one clear line when the address or port is wrong."""
-    for address in join:
-        _check_address(address)
-    try:
-        return await P2P.create(
-            initial_peers=list(join) or None,
-            host_maddrs=[f"/ip4/{listen}/tcp/{port}"],
-            identity_path=str(identity),
-            check_if_identity_free=False,
-            startup_timeout=DAEMON_START_S,
-            nat_port_map=listen not in ("127.0.0.1", "localhost"),
-            auto_nat=listen not in ("127.0.0.1", "localhost"),
-        )
-    except P2PDaemonError as error:
-        text = str(error)
-        if port and not _port_is_free(listen, port):
-            raise PortTakenError(
-                f"port {port} on {listen} is taken by another process; choose another with --port"
-            ) from None
-        if join:
-            raise NoAnswerError(
-                f"no answer from {', '.join(join)} within {DAEMON_START_S:.0f} s: check that the organizer "
-                "runs, that the address is copied whole, and that its port is reachable from here"
-            ) from None
-        raise UserError(f"the libp2p daemon did not start: {text}") from None
-
-
-def _check_address(address: str) -> None:
-    try:
-        parsed = Multiaddr(address)
-        parsed["p2p"]
-    except (ValueError, KeyError, LookupError):
-        raise UserError(
-            f"--join {address!r} is not a peer's address; it looks like /ip4/HOST/tcp/PORT/p2p/PEER"
-        ) from None
-    except Exception as error:  # the address library raises types of its own; any of them is a bad address
-        raise UserError(f"--join {address!r} is not a peer's address: {error}") from None
-
-
-def _port_is_free(host: str, port: int) -> bool:
-    import socket
-
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 class HivemindNetwork:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from averaging.averager import Averager
-from averaging.hivemind_network import HivemindNetwork, start_daemon
+from averaging.daemon import start_daemon
+from averaging.hivemind_network import HivemindNetwork
 
 
 async def main(folder: Path, count: int, value: float) -> None:

@@ -22,7 +22,10 @@ Join = Annotated[
     list[str], typer.Option("--join", help="Address of any process of the run; may be repeated.")
 ]
 Listen = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")]
-Port = Annotated[int, typer.Option(help="Port to listen on; 0 for any.", min=0, max=65535)]
+Port = Annotated[
+    int,
+    typer.Option(help="Port to listen on, and the next for direct links; 0: any.", min=0, max=65535),
+]
 Verbose = Annotated[bool, typer.Option(help="Log details.")]
 
 

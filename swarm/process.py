@@ -20,7 +20,8 @@ from typing import Any
 
 import uvloop
 
-from averaging.hivemind_network import HivemindNetwork, start_daemon
+from averaging.daemon import start_daemon
+from averaging.hivemind_network import HivemindNetwork
 from swarm.dht import HivemindDirectory, make_identity
 
 log = logging.getLogger(__name__)

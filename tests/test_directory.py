@@ -11,8 +11,8 @@ from hivemind.utils.crypto import RSAPrivateKey
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import get_dht_time
 
+from averaging.daemon import start_daemon
 from averaging.errors import LinkError
-from averaging.hivemind_network import start_daemon
 from swarm.config import dump_run
 from swarm.dht import MAX_RECORD_BYTES, RUN_KEY, RUN_KEY_BYTES, OwnedRecords
 from swarm.errors import RunMismatchError

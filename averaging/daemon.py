@@ -1,0 +1,74 @@
+"""Starting hivemind's libp2p daemon, the only child process of a peer.
+
+It ends with us, also when we are killed: it exits when its control connection closes.
+
+I/O: starts a process.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hivemind.p2p import P2P
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from hivemind.utils.multiaddr import Multiaddr
+
+from averaging.errors import NoAnswerError, PortTakenError, UserError
+
+# Read by the daemon: one core carries 600 MB/s, and more would only take them from training.
+os.environ.setdefault("GOMAXPROCS", "1")
+DAEMON_START_S = 90.0  # the engine's own 15 s is too short on loaded machines
+
+
+async def start_daemon(
+    *, join: Sequence[str] = (), listen: str = "127.0.0.1", port: int = 0, identity: Path
+) -> P2P:
+    """Start the libp2p daemon. Raises UserError with one clear line when the address or port is wrong."""
+    for address in join:
+        _check_address(address)
+    try:
+        return await P2P.create(
+            initial_peers=list(join) or None,
+            host_maddrs=[f"/ip4/{listen}/tcp/{port}"],
+            identity_path=str(identity),
+            check_if_identity_free=False,
+            startup_timeout=DAEMON_START_S,
+            nat_port_map=listen not in ("127.0.0.1", "localhost"),
+            auto_nat=listen not in ("127.0.0.1", "localhost"),
+        )
+    except P2PDaemonError as error:
+        text = str(error)
+        if port and not _port_is_free(listen, port):
+            raise PortTakenError(
+                f"port {port} on {listen} is taken by another process; choose another with --port"
+            ) from None
+        if join:
+            raise NoAnswerError(
+                f"no answer from {', '.join(join)} within {DAEMON_START_S:.0f} s: check that the organizer "
+                "runs, that the address is copied whole, and that its port is reachable from here"
+            ) from None
+        raise UserError(f"the libp2p daemon did not start: {text}") from None
+
+
+def _check_address(address: str) -> None:
+    try:
+        parsed = Multiaddr(address)
+        parsed["p2p"]
+    except (ValueError, KeyError, LookupError):
+        raise UserError(
+            f"--join {address!r} is not a peer's address; it looks like /ip4/HOST/tcp/PORT/p2p/PEER"
+        ) from None
+    except Exception as error:  # the address library raises types of its own; any of them is a bad address
+        raise UserError(f"--join {address!r} is not a peer's address: {error}") from None
+
+
+def _port_is_free(host: str, port: int) -> bool:
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
