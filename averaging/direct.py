@@ -34,12 +34,21 @@ from averaging.network import PeerId
 OFFER = struct.Struct("<H16s32s")  # port, token, SHA-256 of the certificate
 HELLO = struct.Struct("<16s32s")  # token, service
 HELLO_S = 5.0  # from the connection to the hello
-CONNECT_S = 2.0
+FIND_S = 3.0  # to see whether an offer can be taken up
 ACCEPT_AGAIN_S = 1.0
+SHUTDOWN_S = 1.0  # for the other end to agree that a connection is over
 AGAIN_S = 30.0  # after a path was not found, or broke
 MOST_HOSTS = 4  # tried for one peer
 MOST_PEERS = 16_384
-MOST_WAITING = 64  # connections of which nobody knows yet whose they are
+MOST_WAITING, MOST_WAITING_EACH = 256, 32  # connections of which nobody knows yet whose they are; of one host
+# A machine that has vanished says nothing: after some 35 s its connections are over.
+KEEPALIVE = {
+    "TCP_KEEPIDLE": 20,
+    "TCP_KEEPALIVE": 20,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 35_000,
+}
 YEARS = datetime.timedelta(days=3650)
 
 Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -55,7 +64,7 @@ class DirectListener:
         self._answer = answer
         self._tokens: dict[PeerId, bytes] = {}
         self._peers: dict[bytes, PeerId] = {}
-        self._waiting: set[asyncio.Task[None]] = set()  # for a hello
+        self._waiting: dict[asyncio.Task[None], str] = {}  # for a hello, from which host
         self._answering: set[asyncio.Task[None]] = set()
         self._open: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._accepting: asyncio.Task[None] | None = None
@@ -88,32 +97,29 @@ class DirectListener:
         with listening:
             while True:
                 try:
-                    connection, _ = await asyncio.get_running_loop().sock_accept(listening)
+                    connection, address = await asyncio.get_running_loop().sock_accept(listening)
                 except OSError as error:  # no more files, or whoever came has gone already
                     log.info("a direct connection could not be accepted: %s", error)
                     await asyncio.sleep(ACCEPT_AGAIN_S)
                     continue
-                if len(self._waiting) >= MOST_WAITING:
+                host, waiting = address[0], list(self._waiting.values())
+                if len(waiting) >= MOST_WAITING or waiting.count(host) >= MOST_WAITING_EACH:
                     connection.close()
                     continue
                 task = asyncio.create_task(self._welcome(connection))
-                self._waiting.add(task)
-                task.add_done_callback(self._waiting.discard)
+                self._waiting[task] = host
+                task.add_done_callback(self._waiting.pop)
 
     async def _welcome(self, connection: socket.socket) -> None:
         """Hear who has connected, and for what."""
+        writer: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(HELLO_S):
                 reader, writer = await self._encrypted(connection)
-        except (OSError, TimeoutError) as error:
-            log.debug("somebody came, but does not speak TLS: %r", error)
-            return connection.close()
-        try:
-            async with asyncio.timeout(HELLO_S):
                 token, service = HELLO.unpack(await reader.readexactly(HELLO.size))
         except (OSError, EOFError, TimeoutError) as error:
             log.debug("somebody came without a hello: %r", error)
-            return writer.transport.abort()
+            return connection.close() if writer is None else writer.transport.abort()
         if token not in self._peers:
             return writer.transport.abort()
         peer, name = self._peers[token], service.rstrip(b"\0").decode(errors="replace")
@@ -125,8 +131,13 @@ class DirectListener:
     async def _encrypted(self, connection: socket.socket) -> Ends:
         loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
         protocol = asyncio.StreamReaderProtocol(reader)
+        _keep_alive(connection)
         transport, _ = await loop.connect_accepted_socket(
-            lambda: protocol, connection, ssl=self._context, ssl_handshake_timeout=HELLO_S
+            lambda: protocol,
+            connection,
+            ssl=self._context,
+            ssl_handshake_timeout=HELLO_S,
+            ssl_shutdown_timeout=SHUTDOWN_S,
         )
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
@@ -169,7 +180,8 @@ class DirectPaths:
         for host in sorted(set(hosts))[:MOST_HOSTS]:
             path = _Path(host, port, token, certificate)
             try:
-                _, writer = await self._connect(path)
+                async with asyncio.timeout(FIND_S):
+                    _, writer = await self._connect(path)
             except (OSError, EOFError, TimeoutError) as error:
                 log.debug("no direct path to %s at %s:%d: %s", peer[-8:], host, port, error)
                 continue
@@ -179,24 +191,18 @@ class DirectPaths:
                 del self._paths[next(iter(self._paths))]
             return
 
-    async def open(self, peer: PeerId, service: str) -> Ends | None:
-        """A stream that waits for its greeting; None if there is no path, or none any more."""
-        path = self._paths.get(peer)
-        if path is None:
-            return None
-        try:
-            reader, writer = await self._connect(path)
-        except (OSError, EOFError, TimeoutError) as error:
-            log.info("the direct path to %s broke: %s", peer[-8:], error or "no answer")
-            self.forget(peer)
-            return None
+    async def open(self, peer: PeerId, service: str) -> Ends:
+        """A stream that waits for its greeting. Raises OSError or EOFError."""
+        path = self._paths[peer]
+        reader, writer = await self._connect(path)
         writer.write(HELLO.pack(path.token, service.encode()))
         self._open.add(writer)
         return reader, writer
 
-    def forget(self, peer: PeerId) -> None:
+    def forget(self, peer: PeerId, why: str) -> None:
         """It does not answer there; no-op without a path."""
         if self._paths.pop(peer, None) is not None:
+            log.info("the direct path to %s broke: %s", peer[-8:], why)
             self._not_before_s[peer] = asyncio.get_running_loop().time() + AGAIN_S
 
     def close(self) -> None:
@@ -204,14 +210,24 @@ class DirectPaths:
         _abort_all(self._open)
 
     async def _connect(self, path: _Path) -> Ends:
-        """Raises OSError, EOFError or TimeoutError."""
-        async with asyncio.timeout(CONNECT_S):
-            reader, writer = await asyncio.open_connection(path.host, path.port, ssl=self._context)
+        """Raises OSError or EOFError."""
+        reader, writer = await asyncio.open_connection(
+            path.host, path.port, ssl=self._context, ssl_shutdown_timeout=SHUTDOWN_S
+        )
+        _keep_alive(writer.get_extra_info("socket"))
         shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
         if hashlib.sha256(shown or b"").digest() != path.certificate:
             writer.transport.abort()
             raise ConnectionError("somebody else's certificate")
         return reader, writer
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Notice when the other machine has vanished; systems differ in what can be set."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _abort_all(writers: Iterable[asyncio.StreamWriter]) -> None:

@@ -31,7 +31,7 @@ from averaging.network import PROTOCOL_VERSION, Handler, PeerId, Stream
 GREETING = struct.Struct("<4sH")
 MAGIC = b"SWRM"
 DIAL_S = 10.0
-DIRECT_S = 3.0  # for a greeting where one was heard before; then there is time to try the daemons
+DIRECT_S = 1.5  # for a greeting where one was heard before; then there is time to try the daemons
 PROBE_S = 1.0
 PROGRESS_S = 5.0
 OFFERS = "direct"  # the service that tells how to connect without the daemons
@@ -119,16 +119,22 @@ class HivemindNetwork:
 
     async def _opened_directly(self, peer: PeerId, service: str) -> Ends | None:
         """None if there is no path past the daemons, or nobody answers there any more."""
-        opened = await self._paths.open(peer, service)
-        if opened is None:
+        if not self._paths.knows(peer):
             return None
+        time_s = asyncio.get_running_loop().time
+        began_s = time_s()
         try:
             async with asyncio.timeout(DIRECT_S):
+                opened = await self._paths.open(peer, service)
                 await _greeted(peer, *opened)
-        except (OSError, EOFError, TimeoutError):
-            self._paths.forget(peer)
+                return opened
+        except (OSError, EOFError, TimeoutError) as error:
+            self._paths.forget(peer, str(error) or "no answer")
             return None
-        return opened
+        except asyncio.CancelledError:
+            if time_s() - began_s > DIRECT_S / 2:  # the caller has lost patience
+                self._paths.forget(peer, "no answer")
+            raise
 
     async def _find_path(self, peer: PeerId) -> None:
         """Ask a peer how to connect to it without the daemons, and see whether that works from here."""
@@ -139,7 +145,9 @@ class HivemindNetwork:
                     offer = await reader.readexactly(OFFER.size)
                 finally:
                     writer.transport.abort()
-                await self._paths.find(peer, offer, [host for host, _ in self._reached.get(peer, ())])
+                met = [info for info in await self._p2p.list_peers() if info.peer_id.to_base58() == peer]
+                hosts = _hosts(str(address) for info in met for address in info.addrs)
+                await self._paths.find(peer, offer, [host for host, _ in hosts])
         except (*_UNANSWERED, LinkError, TimeoutError) as error:
             log.debug("no direct path to %s: %s", peer[-8:], error)
 

@@ -24,7 +24,7 @@ Join = Annotated[
 Listen = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")]
 Port = Annotated[
     int,
-    typer.Option(help="Port to listen on, and the next for direct links; 0: any.", min=0, max=65535),
+    typer.Option(help="Port to listen on, and 10000 more for direct links; 0: any.", min=0, max=65535),
 ]
 Verbose = Annotated[bool, typer.Option(help="Log details.")]
 

@@ -20,6 +20,7 @@ from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import crypto_pb2
 from hivemind.utils.crypto import RSAPrivateKey
+from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import get_dht_time
 
@@ -34,7 +35,7 @@ MANIFEST_EXPIRE_S = 24 * 3600.0
 CALL_S = 10.0
 JOIN_S = 30.0
 LOOK_AGAIN_S = 1.0
-REMEMBERED_NODES = 64
+REMEMBERED_NODES, WITNESSES = 64, 3
 SIGNATURE_BYTES = 1024  # at most, with the engine's framing
 RUN_KEY_BYTES = DHTID.generate(source=RUN_KEY).to_bytes()
 _OWNER = re.compile(re.escape(RSASignatureValidator.PUBLIC_KEY_FORMAT).replace(b"_key_", b"(.+?)"))
@@ -88,8 +89,8 @@ class HivemindDirectory:
         """`joined` are the addresses through which this process entered."""
         self._node, self._owner_tag, self._expire_s = node, validator.local_public_key, expire_s
         self.run = ""  # set once the manifest is known; part of every key
-        self._asked = {address.rpartition("/p2p/")[2] for address in joined}
-        self._met: list[PeerID] = []  # nodes that answered lately
+        self._asked = {str(Multiaddr(address)).rpartition("/p2p/")[2] for address in joined}
+        self._met: list[PeerID] = []  # nodes that were known, the latest first
         self._stages = 0  # known with the manifest, too
         self._read: dict[int, tuple[float, dict[PeerId, tuple[str, ...]]]] = {}  # stage -> when, addresses
         self._looking = asyncio.Lock()
@@ -204,29 +205,40 @@ class HivemindDirectory:
         """
         try:
             async with asyncio.timeout(CALL_S):
-                result = await call()
-                if not await self._knows_others():
-                    await self._meet_again()
+                for _ in range(2):
+                    before = self._others()
                     result = await call()
-                if await self._knows_others():
-                    return result
+                    if await self._were_others_there(before):
+                        return result
+                    await self._meet_again()
         except TimeoutError:
             raise LinkError("dht", f"{failed} within {CALL_S:.0f} s") from None
         raise LinkError("dht", f"{failed}: nobody answers, is this machine online?")
 
-    async def _knows_others(self) -> bool:
-        await asyncio.sleep(0)  # the engine notes in a task of its own who has not answered
+    def _others(self) -> list[PeerID]:
         known = list(self._node.protocol.routing_table.peer_id_to_uid)
-        self._met = known[:REMEMBERED_NODES] or self._met
-        return bool(known) or not self._asked  # the first node may be alone
+        self._met = list(dict.fromkeys([*known, *self._met]))[:REMEMBERED_NODES]
+        return known
+
+    async def _were_others_there(self, before: Sequence[PeerID]) -> bool:
+        """Has anybody answered a call, of those who were known before it?"""
+        await asyncio.sleep(0)  # the engine notes in a task of its own who has not answered
+        known = self._others()
+        if not self._asked:
+            return True  # the first node may be alone
+        if set(before) <= set(known):
+            return bool(known)
+        return any(await asyncio.gather(*(self._meet(peer) for peer in known[:WITNESSES])))
 
     async def _meet_again(self) -> None:
         asked = [PeerID.from_base58(peer) for peer in self._asked]
         await asyncio.gather(*(self._meet(peer) for peer in dict.fromkeys([*asked, *self._met])))
 
-    async def _meet(self, peer: PeerID) -> None:
-        if await self._node.protocol.call_ping(peer) is not None:
+    async def _meet(self, peer: PeerID) -> bool:
+        answers = await self._node.protocol.call_ping(peer) is not None
+        if answers:
             self._node.blacklist.register_success(peer)
+        return answers
 
     async def _load(self, key: str) -> list[tuple[PeerId, Any]]:
         """(owner, value) of every signed subkey; the engine has checked the signatures. Raises LinkError."""

@@ -24,6 +24,7 @@ from averaging.daemon import start_daemon
 from averaging.hivemind_network import HivemindNetwork
 from swarm.dht import HivemindDirectory, make_identity
 
+DIRECT_PORT, MOST_PORT = 10_000, 65_535  # the first is added to the daemon's
 log = logging.getLogger(__name__)
 
 
@@ -65,11 +66,13 @@ async def joined(
 
 
 async def _listen(network: HivemindNetwork, host: str, port: int) -> None:
-    """For direct links: at the port after the daemon's, which is as likely to be open, or else at any."""
+    """For direct links: at a port that follows from the daemon's, so that a firewall can let it through."""
+    wanted = port + DIRECT_PORT if 0 < port <= MOST_PORT - DIRECT_PORT else 0
     try:
-        await network.listen(host, port + 1 if 0 < port < 65535 else 0)
+        await network.listen(host, wanted)
     except OSError as error:
-        log.warning("no direct links to this process, all goes through the daemon: %s", error)
+        log.info("port %d cannot be had for direct links (%s): taking any", wanted, error)
+        await network.listen(host)
 
 
 def _quiet_engine() -> None:

@@ -6,7 +6,9 @@ import signal
 import pytest
 import uvloop
 from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord
+from hivemind.p2p import PeerID
 from hivemind.utils.crypto import RSAPrivateKey
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import get_dht_time
@@ -67,7 +69,7 @@ def test_one_read_answers_all_who_look_for_peers_that_are_not_there(monkeypatch)
 
 def test_who_reaches_nobody_is_told_so_and_finds_the_others_when_they_answer_again():
     async def main():
-        async with joined([]) as organizer, joined([organizer.addresses[0]]) as peer:
+        async with joined([]) as organizer, joined([organizer.addresses[0] + "/"]) as peer:
             await organizer.directory.publish_manifest(pack_manifest(dump_run(tiny_run())))
             for here in (organizer, peer):
                 await here.directory.manifest()
@@ -85,6 +87,31 @@ def test_who_reaches_nobody_is_told_so_and_finds_the_others_when_they_answer_aga
             peer.directory._node.protocol.wait_timeout = 3.0
             await peer.directory.announce(record)
             assert [found.peer for found in await organizer.directory.roster(1)] == [record.peer]
+
+    uvloop.run(main())
+
+
+def test_a_read_in_which_nobody_answered_is_none_although_more_nodes_are_known():
+    async def main():
+        async with joined([]) as organizer, joined([organizer.addresses[0]]) as peer:
+            node = peer.directory._node
+            table, gone = (
+                node.protocol.routing_table,
+                [PeerID(bytes([18, 32, *bytes([n] * 32)])) for n in range(40)],
+            )
+            for number, dead in enumerate(gone):  # more than one read asks
+                table.add_or_update_node(DHTID(number + 1), dead)
+            node.protocol.wait_timeout = 0.3
+            daemon = organizer.network._p2p._child
+            daemon.send_signal(signal.SIGSTOP)
+            try:
+                while table.peer_id_to_uid:
+                    with pytest.raises(LinkError):
+                        await peer.directory.roster(1)
+            finally:
+                daemon.send_signal(signal.SIGCONT)
+            node.protocol.wait_timeout = 3.0
+            assert await peer.directory.roster(1) == []
 
     uvloop.run(main())
 
