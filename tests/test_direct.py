@@ -101,7 +101,8 @@ def test_who_speaks_no_tls_is_hung_up_on(monkeypatch, words):
 
 
 def test_those_who_say_nothing_shut_out_their_own_host_for_a_moment_only(monkeypatch):
-    monkeypatch.setattr(direct, "HELLO_S", 0.5)
+    usual_s = direct.HELLO_S
+    monkeypatch.setattr(direct, "HELLO_S", 2.0)
     monkeypatch.setattr(direct, "MOST_WAITING_EACH", 4)
 
     async def main():
@@ -109,16 +110,19 @@ def test_those_who_say_nothing_shut_out_their_own_host_for_a_moment_only(monkeyp
         offer = door.listener.offer_to("ann")
         port = door.port_of(offer)
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(6)]
-        while len(door.listener._waiting) < 4:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            while len(door.listener._waiting) < 4:  # noqa: ASYNC110
+                await asyncio.sleep(0)
         await paths.find("door", offer, ["127.0.0.1"])
         assert not paths.knows("door") and len(door.listener._waiting) == 4
         _, elsewhere = await asyncio.open_connection(
             "127.0.0.1", port, ssl=paths._context, local_addr=("127.0.0.2", 0)
         )
         elsewhere.close()
-        while door.listener._waiting:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            while door.listener._waiting:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        monkeypatch.setattr(direct, "HELLO_S", usual_s)
         await paths.find("door", offer, ["127.0.0.1"])
         assert paths.knows("door")
         for each in silent:
@@ -128,16 +132,15 @@ def test_those_who_say_nothing_shut_out_their_own_host_for_a_moment_only(monkeyp
 
 
 def test_a_short_hello_or_an_unknown_service_is_hung_up_on(monkeypatch):
-    monkeypatch.setattr(direct, "HELLO_S", 0.5)
-
     async def main():
         async with direct_pair() as (a, b):
+            monkeypatch.setattr(direct, "HELLO_S", 2.0)
             path = a._paths._paths[b.peer_id]
             for hello in (HELLO.pack(path.token, b"no such service"), HELLO.pack(path.token, b"first")[:-1]):
                 reader, writer = await a._paths._connect(path)
                 writer.write(hello)
                 with pytest.raises((EOFError, ConnectionError)):
-                    async with asyncio.timeout(5):
+                    async with asyncio.timeout(10):
                         await reader.readexactly(1)
 
     uvloop.run(main())
@@ -192,7 +195,7 @@ def test_a_path_on_which_nobody_answers_any_more_is_given_up_even_by_impatient_c
                 with pytest.raises(LinkError):
                     await calls.call(b.peer_id, b"")
                 assert not a._paths.knows(b.peer_id)
-                await calls.call(b.peer_id, b"")  # through the daemons
+                await calls.call(b.peer_id, b"", deadline_s=10)  # through the daemons
 
     uvloop.run(main())
 
