@@ -2,6 +2,7 @@
 
 Layers, each importing only those above it:
 
+    bounded                                         how much is remembered of others
     errors, network, virtual_time, memory_network   the seam to the outside and its in-memory twin
     framing, daemon, direct, hivemind_network       the real one: hivemind's daemon, frames, links past it
     codecs, reduce                                  tensors and bytes; the mean

@@ -23,6 +23,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError
 
 from averaging import averaging_pb2 as pb
+from averaging.bounded import forget_oldest
 from averaging.errors import LinkError, ProtocolError
 from averaging.network import BEATS, Buffer, Calls, Frame, Network, PeerId, Stream, answer, kept_alive
 from averaging.plan import (
@@ -469,5 +470,4 @@ class Coordinator:
 
 def _remember(memory: dict[bytes, T], key: bytes, value: T) -> None:
     memory[key] = value
-    while len(memory) > REMEMBERED_PLANS:
-        del memory[next(iter(memory))]
+    forget_oldest(memory, REMEMBERED_PLANS)

@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from averaging.bounded import forget_oldest
 from averaging.network import PeerId
 
 OFFER = struct.Struct("<H16s32s")  # port, token, SHA-256 of the certificate
@@ -39,7 +40,7 @@ ACCEPT_AGAIN_S = 1.0
 SHUTDOWN_S = 1.0  # for the other end to agree that a connection is over
 AGAIN_S = 30.0  # after a path was not found, or broke
 MOST_HOSTS = 4  # tried for one peer
-MOST_PEERS = 16_384
+MOST_PEERS = 16_384  # of whom anything is remembered
 MOST_WAITING, MOST_WAITING_EACH = 256, 32  # connections of which nobody knows yet whose they are; of one host
 # A machine that has vanished says nothing: after some 35 s its connections are over.
 KEEPALIVE = {
@@ -170,8 +171,7 @@ class DirectPaths:
         if peer in self._paths or now_s < self._not_before_s.get(peer, now_s):
             return False
         self._not_before_s[peer] = now_s + AGAIN_S
-        while len(self._not_before_s) > MOST_PEERS:
-            del self._not_before_s[next(iter(self._not_before_s))]
+        forget_oldest(self._not_before_s, MOST_PEERS)
         return True
 
     async def find(self, peer: PeerId, offer: bytes, hosts: Iterable[str]) -> None:
@@ -187,8 +187,7 @@ class DirectPaths:
                 continue
             writer.transport.abort()
             self._paths[peer] = path
-            while len(self._paths) > MOST_PEERS:
-                del self._paths[next(iter(self._paths))]
+            forget_oldest(self._paths, MOST_PEERS)
             return
 
     async def open(self, peer: PeerId, service: str) -> Ends:

@@ -21,7 +21,8 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
-from averaging.direct import OFFER, DirectListener, DirectPaths, Ends
+from averaging.bounded import forget_oldest
+from averaging.direct import MOST_PEERS, OFFER, DirectListener, DirectPaths, Ends
 from averaging.errors import LinkError, VersionMismatchError
 from averaging.flow import Window
 from averaging.framing import FramedStream, FrameProtocol
@@ -37,7 +38,6 @@ PROGRESS_S = 5.0
 OFFERS = "direct"  # the service that tells how to connect without the daemons
 FIRST_FRAME_S = 10.0
 STREAMS_EACH = 256  # that one peer may have open here
-MAX_REACHED = 16_384
 
 _TCP = re.compile(r"/ip[46]/([^/]+)/tcp/(\d+)")
 _UNANSWERED = (P2PDaemonError, OSError, EOFError)
@@ -145,8 +145,7 @@ class HivemindNetwork:
                     offer = await reader.readexactly(OFFER.size)
                 finally:
                     writer.transport.abort()
-                met = [info for info in await self._p2p.list_peers() if info.peer_id.to_base58() == peer]
-                hosts = _hosts(str(address) for info in met for address in info.addrs)
+                hosts = (await self._connected()).get(peer, set())
                 await self._paths.find(peer, offer, [host for host, _ in hosts])
         except (*_UNANSWERED, LinkError, TimeoutError) as error:
             log.debug("no direct path to %s: %s", peer[-8:], error)
@@ -162,11 +161,18 @@ class HivemindNetwork:
         """Remember at which address this peer is what answers."""
         if peer in self._reached:
             return
-        for info in await self._p2p.list_peers():
-            hosts = self._reached.setdefault(info.peer_id.to_base58(), set())
-            hosts.update(_hosts(str(address) for address in info.addrs))
+        for other, hosts in (await self._connected()).items():
+            self._reached.setdefault(other, set()).update(hosts)
         self._reached.setdefault(peer, set())
-        _forget_oldest(self._reached)
+        forget_oldest(self._reached, MOST_PEERS)
+
+    async def _connected(self) -> dict[PeerId, set[Host]]:
+        """Where the daemon is connected with each peer now."""
+        found: dict[PeerId, set[Host]] = {}
+        for info in await self._p2p.list_peers():
+            hosts = _hosts(str(address) for address in info.addrs)
+            found.setdefault(info.peer_id.to_base58(), set()).update(hosts)
+        return found
 
     async def _connect(self, peer: PeerId) -> None:
         """Connect the daemons at the addresses that `peer` has announced. Raises LinkError."""
@@ -223,7 +229,7 @@ class HivemindNetwork:
         superseded: Callable[[], bool] = lambda: False,
     ) -> FramedStream:
         window = self._windows.setdefault(peer, Window())
-        _forget_oldest(self._windows)
+        forget_oldest(self._windows, MOST_PEERS)
         protocol = FrameProtocol(peer, max_payload_bytes, self._progress_s, window)
         protocol.attach(cast(asyncio.Transport, writer.transport))
         return FramedStream(protocol, (reader, writer), superseded)
@@ -253,12 +259,6 @@ async def _greeted(peer: PeerId, reader: asyncio.StreamReader, writer: asyncio.S
     except BaseException:
         writer.transport.abort()
         raise
-
-
-def _forget_oldest(known: dict[PeerId, Any]) -> None:
-    """Keep what is known of the last `MAX_REACHED` peers."""
-    while len(known) > MAX_REACHED:
-        del known[next(iter(known))]
 
 
 def _hosts(addresses: Iterable[str]) -> set[Host]:

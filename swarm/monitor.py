@@ -18,6 +18,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from averaging.bounded import forget_oldest
 from averaging.network import PeerId
 from swarm.config import RunConfig
 from swarm.launch import Kill
@@ -84,8 +85,7 @@ class Monitor:
                 "stage %d, version %d: %s and %s hold different states; one of them will load the other's",
                 *(stage, version, whose, name),
             )
-        while len(self._hashes) > MAX_HASHES:
-            del self._hashes[next(iter(self._hashes))]
+        forget_oldest(self._hashes, MAX_HASHES)
 
     # views
 

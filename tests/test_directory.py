@@ -95,11 +95,9 @@ def test_a_read_in_which_nobody_answered_is_none_although_more_nodes_are_known()
     async def main():
         async with joined([]) as organizer, joined([organizer.addresses[0]]) as peer:
             node = peer.directory._node
-            table, gone = (
-                node.protocol.routing_table,
-                [PeerID(bytes([18, 32, *bytes([n] * 32)])) for n in range(40)],
-            )
-            for number, dead in enumerate(gone):  # more than one read asks
+            table = node.protocol.routing_table
+            for number in range(40):  # more than one read asks
+                dead = PeerID(bytes([18, 32, *[number] * 32]))
                 table.add_or_update_node(DHTID(number + 1), dead)
             node.protocol.wait_timeout = 0.3
             daemon = organizer.network._p2p._child

@@ -21,6 +21,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from averaging.bounded import forget_oldest
 from averaging.codecs import CODECS
 from averaging.errors import AveragingError, LinkError
 from averaging.network import Calls, Network, PeerId, Stream
@@ -239,8 +240,7 @@ class Pipeline:
             log.warning(
                 "%s (stage %d) cannot push to %s: %r", link[0][-8:], stage, link[1][-8:], event.reason
             )
-            while len(self._told_s) > MOST_TOLD:
-                del self._told_s[next(iter(self._told_s))]
+            forget_oldest(self._told_s, MOST_TOLD)
 
     # commands
 
