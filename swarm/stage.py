@@ -12,7 +12,6 @@ Torch; owned by one compute thread. B batch, T tokens, D width, V vocabulary.
 """
 
 import hashlib
-import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -21,11 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from averaging.plan import Pass
-from swarm.config import OptimizerConfig, TrainingConfig
+from swarm.config import TrainingConfig
 from swarm.history import History
+from swarm.optimizer import AdamW, learning_rate
+from swarm.weights import Layout, Weights
 
 HISTORY = "history"  # its name in a state
-SMALL_VALUES = 1 << 13  # of a tensor, a norm's for instance: it costs little to send it finely
 
 
 @dataclass(slots=True)
@@ -59,27 +59,28 @@ class Stage:
         self.version = 0
         self.history = History()
         self._training = training
-        self._parameters = [p for _, p in self._named()]
-        self._optimizer = _adamw(self._parameters, training.optimizer)
+        self._layout = Layout(self.module)
+        self._weights = self._layout.read()
+        self._optimizer = AdamW(training.optimizer, self.shapes, self.device)
         # Strict mode: a step back, for neighbours whose step has not closed when this one's has.
-        self._previous: list[nn.Parameter] | None = None
+        self._previous: Weights | None = None
         self.accumulator = self.empty(0)
         self.frozen: Accumulator | None = None  # the sum that goes into the step which closes
 
     @property
     def values(self) -> int:
         """Parameters of the stage, and so values of a gradient vector."""
-        return sum(p.numel() for p in self._parameters)
+        return self._layout.values
 
     @property
     def shapes(self) -> list[torch.Size]:
         """Of the tensors in a gradient vector, in its order."""
-        return [p.shape for p in self._parameters]
+        return list(self._layout.shapes.values())
 
     @property
     def gradient(self) -> Pass:
         """Size of a gradient vector; the small tensors come last."""
-        return Pass(self.values, sum(p.numel() for p in self._parameters if _is_small(p)))
+        return Pass(self.values, self._layout.small_values)
 
     # one microbatch
 
@@ -105,14 +106,14 @@ class Stage:
 
     def _parameters_of(self, step: int | None) -> list[nn.Parameter]:
         if step == self.version - 1 and self._previous is not None:
-            return self._previous
-        return self._parameters
+            return self._previous.parameters
+        return self._weights.parameters
 
     def _call(self, x: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
-        if parameters is self._parameters:
+        if parameters is self._weights.parameters:
             return self.module(x)
-        names = [name for name, _ in self._named()]
-        return torch.func.functional_call(self.module, dict(zip(names, parameters, strict=True)), (x,))
+        named: dict[str, torch.Tensor] = dict(zip(self._layout.shapes, parameters, strict=True))
+        return torch.func.functional_call(self.module, named, (x,))
 
     def backward(self, graph: Graph, grad_y: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Gradients of the parameters and of the input (None at the first stage); accumulates nothing."""
@@ -191,60 +192,29 @@ class Stage:
 
     def apply(self, mean: torch.Tensor, microbatches: Collection[bytes] = ()) -> None:
         """One optimizer step with the mean gradient [values] of `microbatches`; the version grows by one."""
-        mean = mean.to(self.device)
         if self._training.strict:
-            self._previous = self._parameters
-        self._renew_parameters()
-        start = 0
-        for parameter in self._parameters:
-            stop = start + parameter.numel()
-            parameter.grad = mean[start:stop].view_as(parameter)
-            start = stop
-        if self._training.optimizer.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self._training.optimizer.clip_norm)
+            self._previous = self._weights
+        vector = self._weights.vector.clone()
         lr = learning_rate(self._training.optimizer, self.version, self._training.steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step(vector, mean, number=self.version, lr=lr)
+        self._weights = self._layout.weights(vector)
+        self._layout.give(self._weights)
         self.history = self.history.with_step(self.version, microbatches)
         self.version, self.frozen = self.version + 1, None
 
-    def _renew_parameters(self) -> None:
-        """Swap every parameter for an equal one; graphs under way keep the old ones."""
-        renewed: dict[nn.Parameter, nn.Parameter] = {}
-        for owner in self.module.modules():
-            for name, old in list(owner.named_parameters(recurse=False)):
-                if old.requires_grad:
-                    new = renewed.setdefault(old, nn.Parameter(old.detach().clone()))
-                    setattr(owner, name, new)
-        for old, new in renewed.items():
-            if old in self._optimizer.state:
-                self._optimizer.state[new] = self._optimizer.state.pop(old)
-        for group in self._optimizer.param_groups:
-            group["params"] = [renewed[old] for old in group["params"]]
-        self._parameters = [renewed[old] for old in self._parameters]
-
     def empty(self, step: int) -> Accumulator:
         """A sum of nothing, for `step`."""
-        return Accumulator(step, [torch.zeros_like(p) for p in self._parameters])
+        return Accumulator(step, [torch.zeros_like(p) for p in self._weights.parameters])
 
     # state
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters, optimizer state and history by name, as CPU copies that later steps do not touch."""
-        state = {f"parameter/{n}": p.detach().cpu().clone() for n, p in self._named()}
-        for name, parameter in self._named():
-            slots = self._optimizer.state.get(parameter, {})
-            for slot in ("exp_avg", "exp_avg_sq"):
-                value = slots.get(slot)
-                state[f"{slot}/{name}"] = (
-                    torch.zeros(parameter.shape) if value is None else value.detach().cpu().clone()
-                )
-        if self._training.strict:
-            previous = self._previous or self._parameters
-            for (name, _), parameter in zip(self._named(), previous, strict=True):
-                state[f"previous/{name}"] = parameter.detach().cpu().clone()
+        state = {
+            f"{kind}/{name}": tensor.cpu().clone()
+            for kind, vector in self._vectors().items()
+            for name, tensor in self._layout.parted(vector).items()
+        }
         packed = self.history.pack()
         state[HISTORY] = torch.tensor(bytearray(packed), dtype=torch.uint8)
         return state
@@ -254,71 +224,44 @@ class Stage:
 
         Raises ValueError when names or shapes differ; nothing is changed then.
         """
-        kinds = ("parameter", "exp_avg", "exp_avg_sq", *(["previous"] if self._training.strict else []))
-        own = {f"{kind}/{n}": p for kind in kinds for n, p in self._named()}
+        kinds, shapes = self._vectors(), self._layout.shapes
+        own = {f"{kind}/{name}": shape for kind in kinds for name, shape in shapes.items()}
         names = own.keys() | {HISTORY}
         if names != state.keys():
             raise ValueError(f"state names differ: {sorted(names ^ state.keys())[:3]} ...")
         if state[HISTORY].dtype != torch.uint8 or not 0 <= version < 2**53:
             raise ValueError("its history or version is malformed")
         history = History.unpack(state[HISTORY].numpy().tobytes())
-        for name, parameter in own.items():
-            if state[name].shape != parameter.shape or state[name].dtype != parameter.dtype:
-                raise ValueError(
-                    f"state of {name}: {tuple(state[name].shape)} is not {tuple(parameter.shape)}"
-                )
-        self._renew_parameters()
-        with torch.no_grad():
-            for name, parameter in self._named():
-                parameter.copy_(state[f"parameter/{name}"])
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(version)),
-                    "exp_avg": state[f"exp_avg/{name}"].to(self.device).clone(),
-                    "exp_avg_sq": state[f"exp_avg_sq/{name}"].to(self.device).clone(),
-                }
-        if version == 0:
-            self._optimizer.state.clear()
-        elif self._training.strict:
-            self._previous = [
-                nn.Parameter(state[f"previous/{name}"].to(self.device).clone()) for name, _ in self._named()
-            ]
+        for name, shape in own.items():
+            if state[name].shape != shape or state[name].dtype != torch.float32:
+                found, expected = tuple(state[name].shape), tuple(shape)
+                raise ValueError(f"state of {name}: {found} {state[name].dtype} is not {expected} float32")
+        vectors = {
+            kind: self._layout.joined({name: state[f"{kind}/{name}"] for name in shapes}).to(self.device)
+            for kind in kinds
+        }
+        self._weights = self._layout.weights(vectors["parameter"])
+        self._layout.give(self._weights)
+        self._optimizer.mean, self._optimizer.square = vectors["exp_avg"], vectors["exp_avg_sq"]
+        if "previous" in vectors and version:
+            self._previous = self._layout.weights(vectors["previous"])
         self.version, self.history = version, history
         for ahead, held in enumerate(self.sums):
             held.step = version + ahead
 
+    def _vectors(self) -> dict[str, torch.Tensor]:
+        """What a state consists of: [values] each, by kind."""
+        vectors = {
+            "parameter": self._weights.vector,
+            "exp_avg": self._optimizer.mean,
+            "exp_avg_sq": self._optimizer.square,
+        }
+        if self._training.strict:
+            vectors["previous"] = (self._previous or self._weights).vector
+        return vectors
+
     def hash(self) -> bytes:
         """Eight bytes that differ when any parameter's bits or the version do."""
         digest = hashlib.sha256(self.version.to_bytes(8, "little"))
-        for _, parameter in self._named():
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(self._weights.vector.cpu().view(torch.uint8).numpy().data)
         return digest.digest()[:8]
-
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
-        named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
-        return sorted(named, key=lambda each: _is_small(each[1]))
-
-
-def _is_small(tensor: torch.Tensor) -> bool:
-    return tensor.numel() <= SMALL_VALUES
-
-
-def learning_rate(config: OptimizerConfig, version: int, steps: int) -> float:
-    """Of the step that takes `version` to `version + 1`: linear warm-up, cosine decay, then constant."""
-    if version < config.warmup_steps:
-        return config.lr * (version + 1) / config.warmup_steps
-    end = config.decay_steps or steps
-    progress = min(1.0, (version - config.warmup_steps) / max(1, end - config.warmup_steps))
-    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        foreach=True,
-    )

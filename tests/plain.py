@@ -10,7 +10,7 @@ from torch import nn
 
 from swarm.config import RunConfig
 from swarm.model import build_stage
-from swarm.stage import learning_rate
+from swarm.optimizer import learning_rate
 
 
 def train_plain(

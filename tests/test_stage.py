@@ -8,8 +8,10 @@ from averaging.plan import Pass
 from swarm.config import parse_run
 from swarm.model import build_stage
 from swarm.model.llama import layer_costs
+from swarm.optimizer import learning_rate
 from swarm.partition import partition
-from swarm.stage import SMALL_VALUES, Stage, learning_rate
+from swarm.stage import Stage
+from swarm.weights import SMALL_VALUES
 
 
 def config(*overrides: str):

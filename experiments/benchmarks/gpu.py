@@ -3,7 +3,8 @@
     python -m experiments.benchmarks.gpu [--device cuda] [--width 1024] [--json]
 
 right     the same microbatches through a stage on the CPU and on the device: gradients, then one optimizer
-          step; the largest relative difference of any tensor, in float32 without TF32
+          step; the largest relative difference of any tensor, in float32 without TF32. And whether a step
+          with the same mean gradient has the same bits on both, as it must where both serve one stage
 fast      forward, backward, accumulation and step of one stage with int8 tensors in and out, as a peer
           does it, against a plain PyTorch loop over the same module, in turns
 memory    the device's peak during each, against the bytes of the parameters
@@ -63,6 +64,16 @@ def worst_difference(config: RunConfig, device: str) -> float:
         one_step(make_stage(config, "cpu"), config), one_step(make_stage(config, device), config), strict=True
     )
     return max(((a - b).norm() / a.norm().clamp_min(1e-12)).item() for a, b in pairs)
+
+
+def same_bits(config: RunConfig, device: str) -> bool:
+    """Do a CPU and the device that begin with the same state agree after steps with the same gradients?"""
+    stages = [make_stage(config, each) for each in ("cpu", device)]
+    for seed in range(3):
+        mean = torch.randn(stages[0].values, generator=torch.Generator().manual_seed(seed)) / 1e3
+        for stage in stages:
+            stage.apply(mean)
+    return stages[0].hash() == stages[1].hash()
 
 
 def as_a_peer(config: RunConfig, device: str) -> Callable[[], None]:
@@ -149,6 +160,7 @@ def main() -> None:
     ratios = {
         "peer_over_plain": statistics.median(times["plain"]) / statistics.median(times["peer"]),
         "worst_difference_from_cpu": difference,
+        "same_bits_as_cpu": float(same_bits(config, options.device)),
     }
     report("gpu", rows, ratios, options.json)
 

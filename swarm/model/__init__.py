@@ -1,7 +1,8 @@
 """The model, cut into stages.
 
-`build_stage(config, stage)` makes the module of one stage, initialised from the run's seed, the same bits
-in every process. A stage module maps what flows in to what flows out:
+`build_stage(config, stage)` makes the module of one stage, initialised from the run's seed: the same bits in
+every process on processors of one kind (who begins with others loads what most have). A stage module maps
+what flows in to what flows out:
 
     first stage      token ids [B, T] int64   -> hidden [B, T, D]
     middle stages    hidden [B, T, D]         -> hidden [B, T, D]
