@@ -18,8 +18,9 @@ from torch import nn
 
 from averaging.codecs import CODECS
 from averaging.lowrank import LowRank
-from swarm.config import OptimizerConfig, TrainingConfig
+from swarm.config import OptimizerConfig, TrainingConfig, parse_run
 from swarm.history import History
+from swarm.model import build_stage
 from swarm.optimizer import PART, AdamW, learning_rate
 from swarm.stage import HISTORY, Stage
 
@@ -98,7 +99,7 @@ def test_what_peers_make_of_the_same_bytes_has_the_same_bits_on_every_processor(
     capabilities = {each.pop("capability") for each in found}
     assert len(capabilities) > 1 or "DEFAULT" in capabilities, "an x86 processor is to pretend to be older"
     differing = {what for each in found for what in each if each[what] != found[0][what]}
-    assert not differing and len(found[0]) == len(CODECS) + 1
+    assert not differing and len(found[0]) == len(CODECS) + 2
 
 
 class _Module(nn.Module):
@@ -108,7 +109,7 @@ class _Module(nn.Module):
 
 
 def _hashes(path: str, threads: int, device: str) -> dict[str, str]:
-    """Of the state after a few steps with every codec, and with factors of low rank."""
+    """Of the state after a few steps with every codec, with factors of low rank, and of one from the seed."""
     torch.set_num_threads(threads)
     file = safetensors.torch.load_file(path)
     found = {"capability": torch.backends.cpu.get_cpu_capability()}
@@ -136,6 +137,11 @@ def _hashes(path: str, threads: int, device: str) -> dict[str, str]:
     factors.second(file["factors/0"])
     using.apply(factors.result(file["factors/1"], counted=True))
     found["factors"] = using.hash().hex()
+    run = parse_run(
+        "name: x\nmodel: {width: 64, layers: 2, heads: 2, vocabulary: 200, stages: 1}\n", source="f"
+    )
+    begun = Stage(build_stage(run.model, 0, seed=3), run.training, stage=0, stages=1, device=device)
+    found["from the seed"] = begun.hash().hex()
     return found
 
 

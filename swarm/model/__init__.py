@@ -1,8 +1,7 @@
 """The model, cut into stages.
 
-`build_stage(config, stage)` makes the module of one stage, initialised from the run's seed: the same bits in
-every process on processors of one kind (who begins with others loads what most have). A stage module maps
-what flows in to what flows out:
+`build_stage(config, stage)` makes the module of one stage, initialised from the run's seed, the same bits
+in every process and on every processor. A stage module maps what flows in to what flows out:
 
     first stage      token ids [B, T] int64   -> hidden [B, T, D]
     middle stages    hidden [B, T, D]         -> hidden [B, T, D]
@@ -38,7 +37,8 @@ def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:
     """Draw every parameter from a generator seeded by its name: independent of how the model is cut.
 
     Matrices: normal, 0.02, those that write into the residual stream narrower by sqrt(2 * layers);
-    vectors named `bias` zero; other vectors (norms) one.
+    vectors named `bias` zero; other vectors (norms) one. Drawn in float64 and rounded to steps of 2^-10
+    deviations, so that processors agree whose logarithms do not.
     """
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -50,7 +50,8 @@ def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:
             std = 0.02
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= (2 * config.layers) ** 0.5
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            drawn = torch.empty(parameter.shape, dtype=torch.float64).normal_(generator=generator)
+            parameter.copy_(drawn.mul_(1024).round_().mul_(std / 1024))
 
 
 def _factory(name: str) -> StageFactory:
