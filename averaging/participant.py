@@ -45,6 +45,7 @@ from averaging.wire import done_message, plan_of, repair_of, report_message
 
 ALIVE = pb.FromMember(alive=True).SerializeToString()
 VERDICT_TRIES, VERDICT_PAUSE_S = 4, 0.25
+ASKED = 8  # members, whether a step is closed
 log = logging.getLogger(__name__)
 
 
@@ -209,6 +210,21 @@ class Participant:
         if self._mode is Mode.CLIENT and len(reachable) > 1:
             reachable.remove(self._network.peer_id)  # nobody could report to it
         return next(iter(coordinator_order(reachable, name=self._name, step=self._version())), None)
+
+    async def is_behind(self) -> bool:
+        """Has one of those who would close the next step closed it already?"""
+        step, me = self._version(), self._network.peer_id
+        others = [peer for peer in self.voters() if peer != me]
+        asked = coordinator_order(others, name=self._name, step=step)[:ASKED]
+        return max(await asyncio.gather(*map(self._version_of, asked)), default=step) > step
+
+    async def _version_of(self, peer: PeerId) -> int:
+        """0 if it does not answer."""
+        try:
+            return (await self.coordinator.query(peer, pb.StepQuery(step=self._version()))).version
+        except LinkError as error:
+            self._suspect(error)
+            return 0
 
     # one step
 

@@ -132,7 +132,7 @@ class Updater:
                 await self._apply(await self.participant.close_step(self))
             except BehindError as error:
                 log.info("step %d: %s", self._stage.version, error)
-                await self._catch_up()
+                await self.catch_up()
 
     # one step
 
@@ -221,7 +221,7 @@ class Updater:
             )
         )
 
-    async def _catch_up(self) -> None:
+    async def catch_up(self) -> None:
         """Load a donor's state; gradients for earlier versions stay, unless they are in it or too old."""
         before = self._stage.version
         if not await self._refetch():
@@ -233,12 +233,12 @@ class Updater:
                 await self._give_up(held)
         await self._in_compute(self._stage.thaw)
         self._server.moved_to_step(self._stage.accumulator)
-        self._server.lost_gradients(self._overwritten())
         self._server.forget_released(self._stage.history)
         self.state_hash = await self._in_compute(self._stage.hash)
         self.participant.coordinator.step_closed(self._stage.version)
         self._server.announced_version = self._stage.version
         self._say_steps(self._server.told_history())
+        self._server.lost_gradients(self._overwritten())  # until it heard that, a trainer thought them held
         self._server.resume_held()
 
     def _overwritten(self) -> list[bytes]:

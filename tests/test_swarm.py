@@ -54,6 +54,32 @@ def test_bytes_retained_until_the_microbatch_are_released_with_it():
     simulate(test, "pipeline.retain_until=microbatch")
 
 
+def test_a_newcomer_serves_once_it_has_what_closed_while_it_joined():
+    async def test(sim):
+        await train(sim, 8)
+        announce, mate = sim.directory.announce, next(p for p in sim.peers.values() if p.stage == 1)
+        newcomer = sim.peers[await sim.start_peer(1)]
+        known = mate.peer.stage.version
+
+        async def late(record):
+            if record.peer == newcomer.id:
+                await sim.until(lambda: mate.peer.stage.version > known + 1)
+            await announce(record)
+
+        versions, run = [], newcomer.peer.run
+
+        async def noted():
+            versions.append((newcomer.peer.stage.version, mate.peer.stage.version))
+            await run()
+
+        sim.directory.announce, newcomer.peer.run = late, noted
+        await train(sim, 24, first=8)
+        await sim.until(lambda: versions)
+        assert len(set(versions[0])) == 1 and versions[0][0] >= known + 2
+
+    simulate(test)
+
+
 def test_evaluation_accumulates_nothing_and_agrees_with_the_model():
     async def test(sim):
         microbatch = sim.issue(7, evaluate=True)
