@@ -2,9 +2,10 @@
 
 The peers of a stage take the same mean gradient to the same parameters, bit by bit, whatever they compute
 on; who does not is taken for drifted. Torch's own AdamW cannot promise that: `lerp` and `addcmul` round once
-where a processor fuses multiplication and addition and twice where it does not. So here is nothing but
-`+ - * / sqrt`, one at a time, each of which IEEE 754 rounds in one way only; and the norm that clipping needs
-is summed in float64, where the order of summation does not show.
+where a processor fuses multiplication and addition and twice where it does not, and `sqrt` on x86 is MKL's,
+which is off by one bit here and there. So here are nothing but `+ - * / sqrt`, one at a time, which IEEE 754
+rounds in one way only. The few scalars, and the norm that clipping needs, are computed in float64: where
+processors differ in its last bits, float32 does not show it.
 
 Torch, no I/O. Source: Loshchilov and Hutter, arXiv:1711.05101; clipping as in `torch.nn.utils`.
 """
@@ -13,11 +14,14 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 
+import numpy as np
 import torch
 
 from swarm.config import OptimizerConfig
 
 PART = 1 << 16  # values; the ten operations of a step find so many in a CPU's cache
+GRAIN = 1 << 15  # torch gives no thread less
+PART_ELSEWHERE = 1 << 22
 
 
 class AdamW:
@@ -26,15 +30,14 @@ class AdamW:
     def __init__(self, config: OptimizerConfig, shapes: Sequence[torch.Size], device: torch.device) -> None:
         """`shapes` are those of the tensors that lie in the vector, one after the other."""
         self._config = config
+        size = max(PART, GRAIN * torch.get_num_threads()) if device.type == "cpu" else PART_ELSEWHERE
         self._parts: list[tuple[slice, bool]] = []  # and whether it decays
         stop = 0
         for decays, run in groupby(shapes, lambda shape: len(shape) >= 2):
             start, stop = stop, stop + sum(shape.numel() for shape in run)
-            size = PART if device.type == "cpu" else stop - start
-            self._parts += [
-                (slice(first, min(first + size, stop)), decays) for first in range(start, stop, size or 1)
-            ]
-        self.mean, self.square = torch.zeros(stop, device=device), torch.zeros(stop, device=device)
+            for first in range(start, stop, size):
+                self._parts.append((slice(first, min(first + size, stop)), decays))
+        self.first, self.second = torch.zeros(stop, device=device), torch.zeros(stop, device=device)
         largest = max((part.stop - part.start for part, _ in self._parts), default=0)
         self._room = torch.empty(2, largest, device=device)
 
@@ -44,17 +47,25 @@ class AdamW:
         c = self._config
         clip = _clipping(gradient, c.clip_norm)
         # Reciprocals: a GPU divides by a scalar in other ways.
-        rate, whitened = lr / (1 - c.beta1 ** (number + 1)), (1 - c.beta2 ** (number + 1)) ** -0.5
+        rate, correction = lr / (1 - c.beta1 ** (number + 1)), (1 - c.beta2 ** (number + 1)) ** -0.5
         for part, decays in self._parts:
-            x, mean, square = values[part], self.mean[part], self.square[part]
+            x, first, second = values[part], self.first[part], self.second[part]
             g, room = self._room[:, : len(x)]
             torch.mul(gradient[part].to(g.device), clip, out=g)
-            mean.mul_(c.beta1).add_(torch.mul(g, 1 - c.beta1, out=room))
-            square.mul_(c.beta2).add_(g.mul_(g).mul_(1 - c.beta2))
-            torch.sqrt(square, out=g).mul_(whitened).add_(c.eps)
+            first.mul_(c.beta1).add_(torch.mul(g, 1 - c.beta1, out=room))
+            second.mul_(c.beta2).add_(g.mul_(g).mul_(1 - c.beta2))
+            _sqrt(second, out=g).mul_(correction).add_(c.eps)
             if decays and c.weight_decay:
                 x.mul_(1 - lr * c.weight_decay)
-            x.sub_(torch.div(mean, g, out=room).mul_(rate))
+            x.sub_(torch.div(first, g, out=room).mul_(rate))
+
+
+def _sqrt(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Rounded to the nearest, as numpy's and CUDA's are, and torch's on a CPU is not."""
+    if x.device.type == "cpu":
+        np.sqrt(x.numpy(), out=out.numpy())
+        return out
+    return torch.sqrt(x, out=out)
 
 
 def _clipping(gradient: torch.Tensor, most: float | None) -> float:

@@ -33,7 +33,6 @@ from swarm.stage import Stage
 from swarm.state import StateServer, fetch_state
 from swarm.update import AppliedStep, Updater
 
-CATCH_UPS = 3  # then it goes on beside the work
 REFETCH_PAUSE_S = 0.2
 log = logging.getLogger(__name__)
 
@@ -105,11 +104,6 @@ class Peer:
         await self.updater.start()
         self._state.available = True
         await self.membership.enter()
-        for _ in range(CATCH_UPS):  # what closed while the state came, closed without this peer
-            if not await self.updater.participant.is_behind():
-                break
-            await self.updater.catch_up()
-        log.info("serving stage %d at version %d", self._stage_number, self.stage.version)
 
     async def _has_state(self) -> bool:
         """Load a living peer's state; where nobody has any, the seed's is everybody's.

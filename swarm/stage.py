@@ -60,7 +60,7 @@ class Stage:
         self.history = History()
         self._training = training
         self._layout = Layout(self.module)
-        self._weights = self._layout.read()
+        self._weights = self._layout.adopt()
         self._optimizer = AdamW(training.optimizer, self.shapes, self.device)
         # Strict mode: a step back, for neighbours whose step has not closed when this one's has.
         self._previous: Weights | None = None
@@ -224,8 +224,8 @@ class Stage:
 
         Raises ValueError when names or shapes differ; nothing is changed then.
         """
-        kinds, shapes = self._vectors(), self._layout.shapes
-        own = {f"{kind}/{name}": shape for kind in kinds for name, shape in shapes.items()}
+        shapes = self._layout.shapes.items()
+        own = {f"{kind}/{name}": shape for kind in self._vectors() for name, shape in shapes}
         names = own.keys() | {HISTORY}
         if names != state.keys():
             raise ValueError(f"state names differ: {sorted(names ^ state.keys())[:3]} ...")
@@ -236,15 +236,16 @@ class Stage:
             if state[name].shape != shape or state[name].dtype != torch.float32:
                 found, expected = tuple(state[name].shape), tuple(shape)
                 raise ValueError(f"state of {name}: {found} {state[name].dtype} is not {expected} float32")
-        vectors = {
-            kind: self._layout.joined({name: state[f"{kind}/{name}"] for name in shapes}).to(self.device)
-            for kind in kinds
-        }
-        self._weights = self._layout.weights(vectors["parameter"])
+
+        def loaded(kind: str) -> torch.Tensor:
+            tensors = {name: state[f"{kind}/{name}"] for name in self._layout.shapes}
+            return self._layout.joined(tensors).to(self.device)
+
+        self._weights = self._layout.weights(loaded("parameter"))
         self._layout.give(self._weights)
-        self._optimizer.mean, self._optimizer.square = vectors["exp_avg"], vectors["exp_avg_sq"]
-        if "previous" in vectors and version:
-            self._previous = self._layout.weights(vectors["previous"])
+        self._optimizer.first, self._optimizer.second = loaded("exp_avg"), loaded("exp_avg_sq")
+        if self._training.strict and version:
+            self._previous = self._layout.weights(loaded("previous"))
         self.version, self.history = version, history
         for ahead, held in enumerate(self.sums):
             held.step = version + ahead
@@ -253,8 +254,8 @@ class Stage:
         """What a state consists of: [values] each, by kind."""
         vectors = {
             "parameter": self._weights.vector,
-            "exp_avg": self._optimizer.mean,
-            "exp_avg_sq": self._optimizer.square,
+            "exp_avg": self._optimizer.first,
+            "exp_avg_sq": self._optimizer.second,
         }
         if self._training.strict:
             vectors["previous"] = (self._previous or self._weights).vector

@@ -36,6 +36,7 @@ from swarm.server import HopServer
 from swarm.stage import Accumulator, Stage
 
 WHOLE_WARMUPS = 3  # gradients travel whole for so many times the learning rate's warm-up
+CATCH_UPS = 3  # before a peer is said to serve
 MOST_TARGETS = 4.0  # nobody's gradient weighs more than this many steps, whatever it claims
 log = logging.getLogger(__name__)
 
@@ -127,12 +128,17 @@ class Updater:
     async def run(self) -> None:
         """Close one step after the other, for ever."""
         self.state_hash = await self._in_compute(self._stage.hash)
+        for _ in range(CATCH_UPS):  # what closed while the state came, closed without this peer
+            if not await self.participant.is_behind():
+                break
+            await self._catch_up()
+        log.info("serving stage %d at version %d", self._stage.stage, self._stage.version)
         while True:
             try:
                 await self._apply(await self.participant.close_step(self))
             except BehindError as error:
                 log.info("step %d: %s", self._stage.version, error)
-                await self.catch_up()
+                await self._catch_up()
 
     # one step
 
@@ -221,7 +227,7 @@ class Updater:
             )
         )
 
-    async def catch_up(self) -> None:
+    async def _catch_up(self) -> None:
         """Load a donor's state; gradients for earlier versions stay, unless they are in it or too old."""
         before = self._stage.version
         if not await self._refetch():

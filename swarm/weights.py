@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from swarm.errors import ConfigError
+
 SMALL_VALUES = 1 << 13  # of a tensor, a norm's for instance: it costs little to send it finely
 
 
@@ -27,15 +29,23 @@ class Layout:
     """Where a module's parameters lie in the vector."""
 
     def __init__(self, module: nn.Module) -> None:
+        """Raises ConfigError for a module that cannot be trained in float32."""
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         named.sort(key=lambda each: each[1].numel() > SMALL_VALUES, reverse=True)
+        if not named:
+            raise ConfigError("model.factory: a stage without trainable parameters")
+        for name, parameter in named:
+            if parameter.dtype != torch.float32:
+                raise ConfigError(
+                    f"model.factory: parameter {name} is {parameter.dtype}, stages train in float32"
+                )
         self._module = module
         self.shapes = {name: parameter.shape for name, parameter in named}
         self._sizes = [shape.numel() for shape in self.shapes.values()]
         self.values = sum(self._sizes)
         self.small_values = sum(size for size in self._sizes if size <= SMALL_VALUES)
 
-    def read(self) -> Weights:
+    def adopt(self) -> Weights:
         """The module's parameters, which from now on lie in a vector."""
         own = dict(self._module.named_parameters())
         weights = self.weights(self.joined({name: own[name].detach() for name in self.shapes}))

@@ -27,10 +27,15 @@ from swarm.stage import HISTORY, Stage
 SHAPES = [torch.Size(shape) for shape in ((300, 500), (64, 64), (500,), (3,), (7, 9))]
 SIZES = [shape.numel() for shape in SHAPES]
 STEPS = 4
-# Of x86: none of its newer instructions, fused multiplication and addition, all that this machine has.
-PROCESSORS = [("default", 1, "cpu"), ("avx2", 1, "cpu"), ("", 2, "cpu")]
+# Of x86: none of its newer instructions, fused multiplication and addition, all that this machine has; and
+# two of the ways in which MKL rounds.
+PROCESSORS: list[tuple[dict[str, str], int, str]] = [
+    ({"ATEN_CPU_CAPABILITY": "default", "MKL_VML_DEBUG_CPU_TYPE": "3"}, 1, "cpu"),
+    ({"ATEN_CPU_CAPABILITY": "avx2", "MKL_VML_DEBUG_CPU_TYPE": "5"}, 1, "cpu"),
+    ({}, 2, "cpu"),
+]
 if torch.cuda.is_available():
-    PROCESSORS.append(("", 1, "cuda"))
+    PROCESSORS.append(({}, 1, "cuda"))
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
@@ -89,11 +94,11 @@ def test_what_peers_make_of_the_same_bytes_has_the_same_bits_on_every_processor(
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.test_optimizer", str(path), str(threads), device],
-            env=os.environ | ({"ATEN_CPU_CAPABILITY": capability} if capability else {}),
+            env=os.environ | settings,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for capability, threads, device in PROCESSORS
+        for settings, threads, device in PROCESSORS
     ]
     found = [json.loads(process.communicate(timeout=120)[0]) for process in running]
     capabilities = {each.pop("capability") for each in found}

@@ -3,9 +3,11 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+from torch import nn
 
 from averaging.plan import Pass
 from swarm.config import parse_run
+from swarm.errors import ConfigError
 from swarm.model import build_stage
 from swarm.model.llama import layer_costs
 from swarm.optimizer import learning_rate
@@ -162,3 +164,15 @@ def test_partition_is_the_best_of_all(stages):
 def test_layer_costs_count_the_head_with_the_last_layer():
     costs = layer_costs(config().model)
     assert costs[-1] > costs[0] and len(set(costs[:-1])) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "complaint"),
+    [
+        (nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2).bfloat16()), "parameter 1.weight is torch.bfloat16"),
+        (nn.ReLU(), "a stage without trainable parameters"),
+    ],
+)
+def test_modules_that_cannot_be_trained_are_refused_by_name(module, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        Stage(module, config().training, stage=0, stages=1)
