@@ -2,13 +2,13 @@
 exactness. Nothing of the swarm's step is used: one module, one optimizer, one loop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from swarm.config import RunConfig
+from swarm.config import OptimizerConfig, RunConfig
 from swarm.model import build_stage
 from swarm.optimizer import learning_rate
 
@@ -19,8 +19,9 @@ def train_plain(
     """Train `steps` steps; returns the parameters of the whole model by name."""
     whole = config.model.model_copy(update={"stages": 1})
     model = build_stage(whole, 0, seed=config.training.seed)
-    optimizer = make_adamw(model, config)
     training = config.training
+    assert training.optimizer.clip_norm is None, "the swarm clips per stage, plain training cannot"
+    optimizer = make_adamw(model.parameters(), training.optimizer)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training.optimizer, step, training.steps)
@@ -34,11 +35,10 @@ def train_plain(
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def make_adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    c = config.training.optimizer
-    assert c.clip_norm is None, "the swarm clips per stage, plain training cannot"
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+def make_adamw(parameters: Iterable[nn.Parameter], c: OptimizerConfig) -> torch.optim.AdamW:
+    """Torch's own, which decays matrices only."""
+    every = list(parameters)
+    matrices, vectors = [p for p in every if p.ndim >= 2], [p for p in every if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
 

@@ -23,14 +23,16 @@ from swarm.history import History
 from swarm.model import build_stage
 from swarm.optimizer import PART, AdamW, learning_rate
 from swarm.stage import HISTORY, Stage
+from tests.plain import make_adamw
 
 SHAPES = [torch.Size(shape) for shape in ((300, 500), (64, 64), (500,), (3,), (7, 9))]
 SIZES = [shape.numel() for shape in SHAPES]
 STEPS = 4
 # Of x86: none of its newer instructions, fused multiplication and addition, all that this machine has; and
 # two of the ways in which MKL rounds.
+OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "default", "MKL_VML_DEBUG_CPU_TYPE": "3"}
 PROCESSORS: list[tuple[dict[str, str], int, str]] = [
-    ({"ATEN_CPU_CAPABILITY": "default", "MKL_VML_DEBUG_CPU_TYPE": "3"}, 1, "cpu"),
+    (OTHER_PROCESSOR, 1, "cpu"),
     ({"ATEN_CPU_CAPABILITY": "avx2", "MKL_VML_DEBUG_CPU_TYPE": "5"}, 1, "cpu"),
     ({}, 2, "cpu"),
 ]
@@ -45,11 +47,7 @@ def test_steps_are_those_of_torch(clip_norm):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(sum(SIZES), generator=generator)
     theirs = [nn.Parameter(p.view(s).clone()) for p, s in zip(values.split(SIZES), SHAPES, strict=True)]
-    groups = [
-        {"params": [p for p in theirs if p.ndim >= 2], "weight_decay": 0.2},
-        {"params": [p for p in theirs if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    torchs = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)
+    torchs = make_adamw(theirs, config)
     ours = AdamW(config, SHAPES, torch.device("cpu"))
     for number in range(STEPS):
         gradient = torch.randn(len(values), generator=generator) * 10.0**-number
