@@ -5,6 +5,8 @@ It ends with us, also when we are killed: it exits when its control connection c
 I/O: starts a process.
 """
 
+import asyncio
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from averaging.errors import NoAnswerError, PortTakenError, UserError
 
 # Read by the daemon: one core carries 600 MB/s, and more would only take them from training.
 os.environ.setdefault("GOMAXPROCS", "1")
+log = logging.getLogger(__name__)
 DAEMON_START_S = 90.0  # the engine's own 15 s is too short on loaded machines
 
 
@@ -27,7 +30,7 @@ async def start_daemon(
     for address in join:
         _check_address(address)
     try:
-        return await P2P.create(
+        p2p = await P2P.create(
             initial_peers=list(join) or None,
             host_maddrs=[f"/ip4/{listen}/tcp/{port}"],
             identity_path=str(identity),
@@ -48,6 +51,24 @@ async def start_daemon(
                 "runs, that the address is copied whole, and that its port is reachable from here"
             ) from None
         raise UserError(f"the libp2p daemon did not start: {text}") from None
+    _let_it_end(p2p)
+    return p2p
+
+
+def _let_it_end(p2p: P2P) -> None:
+    """Whoever needs the daemon watches its process; its control connection need not print a traceback.
+
+    A Ctrl-C in a terminal reaches the daemon as soon as us, and what it had not read by then resets the
+    connection; the engine's two tasks there expect an orderly end only.
+    """
+    control = p2p._client.control
+    for task in (control._read_task, control._write_task):
+        task.add_done_callback(_look_at_error)
+
+
+def _look_at_error(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.debug("the libp2p daemon's control connection ended: %r", error)
 
 
 def _check_address(address: str) -> None:
