@@ -28,12 +28,8 @@ def test_a_daemon_that_dies_with_unread_messages_prints_no_traceback(tmp_path):
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         call.cancel()
         await p2p.shutdown()
-        return [task.done() and not task.cancelled() and task.exception() for task in tasks]
+        return repr(tasks)  # asking for the exceptions themselves would count as having seen them
 
-    errors = uvloop.run(main())
-    assert any(isinstance(error, ConnectionError) for error in errors), (
-        "nothing was reset: this shows nothing"
-    )
-    del errors
+    assert "ConnectionResetError" in uvloop.run(main()), "nothing was reset"
     gc.collect()
     assert not complaints
