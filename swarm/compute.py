@@ -42,6 +42,11 @@ class Compute(Protocol):
     def close(self) -> None: ...
 
 
+async def between_hops(compute: Compute, work: Callable[[], T]) -> T:
+    """Do `work` on the stage before any hop that waits: freeze, apply, snapshot."""
+    return await asyncio.wrap_future(compute.submit(Priority.STEP, work))
+
+
 class _Queue:
     """Jobs by priority, first come first served within one."""
 

@@ -1,7 +1,7 @@
 """One peer: joins a stage, serves its hops, takes part in its steps, leaves.
 
     build the stage from the run's seed
-    load the state of a living peer of the stage, if there is one
+    load the state of living peers of the stage, if there are any, and replay what closed meanwhile
     announce; from now on, side by side:
         serve hops, watch streams, state and averaging     (handlers on the network)
         close one step after the other                     (`Updater.run`)
@@ -16,21 +16,23 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from averaging.bandwidth import UplinkMeter
-from averaging.errors import LinkError
-from averaging.network import Network
-from swarm.compute import Compute, Priority
+from averaging.errors import AveragingError, BehindError
+from averaging.network import Network, PeerId
+from swarm import swarm_pb2 as pb
+from swarm.compute import Compute, between_hops
 from swarm.config import RunConfig
 from swarm.directory import Directory
+from swarm.donor import Donor
 from swarm.membership import Membership
 from swarm.model import build_stage
 from swarm.records import MAX_ADDRESSES, PeerRecord
 from swarm.server import HopServer
 from swarm.stage import Stage
-from swarm.state import StateServer, fetch_state
+from swarm.state import Loading, StateLoader
 from swarm.update import AppliedStep, Updater
 
 REFETCH_PAUSE_S = 0.2
@@ -56,10 +58,11 @@ class Peer:
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
         on_step: Callable[[AppliedStep], None] = lambda done: None,
+        on_loading: Callable[[Loading], None] = lambda loading: None,
     ) -> None:
         self._network, self._compute, self.config = network, compute, config
         self._run, self._stage_number, self._device, self._name = run, stage, device, name
-        self._clock, self._on_step = clock, on_step
+        self._clock, self._on_step, self._on_loading = clock, on_step, on_loading
         self._uplink = uplink or UplinkMeter()
         self._rng = rng or random.SystemRandom()
         addresses = addresses[:MAX_ADDRESSES]
@@ -69,16 +72,25 @@ class Peer:
         )
         self._tokens_seen, self._tokens_at_s = 0.0, clock()
         self._tokens_per_s = 0.0
+        self._join_s = 0.0  # from asking for the state to the first microbatch that counted here
 
     async def join(self) -> None:
         """Build the stage, load its state, and announce it: hops may come from now on."""
-        self.stage: Stage = await asyncio.wrap_future(self._compute.submit(Priority.STEP, self._build))
+        self.stage: Stage = await between_hops(self._compute, self._build)
         self.server = HopServer(
             network=self._network,
             stage=self.stage,
             compute=self._compute,
             config=self.config,
             clock=self._clock,
+        )
+        self._donor = Donor(
+            self._network,
+            self.stage,
+            self._compute,
+            upload_share=self.config.network.upload_share,
+            uplink=self._uplink,
+            on_joined=self._say_joined,
         )
         self.updater = Updater(
             network=self._network,
@@ -93,17 +105,27 @@ class Peer:
             auxiliaries=self.membership.auxiliaries,
             rng=self._rng,
             uplink=self._uplink,
-            on_step=self._on_step,
+            keep=self._donor.keep,
+            on_step=self._stepped,
         )
-        self._state = StateServer(self._network, self.stage, self._compute)
-        await self._state.start()
+        self._loader = StateLoader(
+            self._network,
+            self.stage,
+            self._compute,
+            replay=self.updater.replay,
+            on_loading=self._on_loading,
+        )
+        await self._donor.start()
+        self.server.on_progress = self._progressed
+        self._asked_s = self._clock()
         while not await self._has_state():
             log.info("trying again to get a state of stage %d", self._stage_number)
         self.server.announced_version = self.stage.version
         await self.server.start()
         await self.updater.start()
-        self._state.available = True
+        self._donor.available = True
         await self.membership.enter()
+        await self._loader.say_joined()
 
     async def _has_state(self) -> bool:
         """Load a living peer's state; where nobody has any, the seed's is everybody's.
@@ -112,9 +134,9 @@ class Peer:
         """
         try:
             await self.membership.read()
-            if not await self._fetch():
+            if not await self._loader.load(self._donors()):
                 log.info("nobody has a state of stage %d yet: starting from the seed", self._stage_number)
-        except LinkError as error:
+        except AveragingError as error:
             log.warning("waiting for the state of stage %d: %s", self._stage_number, error)
             await asyncio.sleep(REFETCH_PAUSE_S)
             return False
@@ -135,6 +157,7 @@ class Peer:
 
     def close(self) -> None:
         """Stop at once."""
+        self._loader.release()
         self.server.close()
         self.updater.close()
         self._compute.close()
@@ -149,6 +172,7 @@ class Peer:
             "held": len(self.server.mailbox),
             "retained_bytes": self.server.mailbox.retained_bytes,
             "tokens_per_s": round(self._tokens_per_s, 1),
+            "join_s": round(self._join_s, 2),
             "name": self._name,
             "hash": self.updater.state_hash.hex(),
             "uplink_bytes_per_s": round(self._uplink.reported),
@@ -173,25 +197,36 @@ class Peer:
         self._tokens_seen, self._tokens_at_s = tokens, now_s
         return self.stage.version, self._tokens_per_s
 
-    async def _refetch(self) -> bool:
-        """The stage has gone on without this peer: load what it has become."""
+    async def _refetch(self, error: BehindError | None) -> bool:
+        """The stage has gone on without this peer: replay its steps, or load what it has become."""
+        drifted = error is not None and error.version is None
         try:
-            await self.membership.read()
-            if await self._fetch():
+            if not drifted and await self._loader.follow():
                 return True
-        except LinkError as error:
-            log.info("no state of stage %d for now: %s", self._stage_number, error)
+            await self.membership.read()
+            if await self._loader.load(self._donors(), at_least=self.stage.version):
+                return True
+        except AveragingError as trouble:
+            log.info("no state of stage %d for now: %s", self._stage_number, trouble)
         await asyncio.sleep(REFETCH_PAUSE_S)
         return False
 
-    async def _fetch(self) -> bool:
-        """Load the newest state that somebody gives. Raises LinkError if one cannot be asked."""
+    def _donors(self) -> Sequence[PeerId]:
+        """Who may have a state, the newest first, the rest in no order: not all newcomers ask the same."""
         able = [record for record in self.membership.others.values() if not record.aggregates_only]
-        donors = sorted(able, key=lambda record: -record.version)
-        return await fetch_state(
-            self._network,
-            self.stage,
-            self._compute,
-            [record.peer for record in donors],
-            at_least=self.stage.version,
-        )
+        self._rng.shuffle(able)
+        return [record.peer for record in sorted(able, key=lambda record: -record.version)]
+
+    def _progressed(self) -> None:
+        if not self._join_s:
+            self._join_s = self._clock() - self._asked_s
+            log.info("first microbatch counted, %.2f s after asking for the state", self._join_s)
+        self.updater.changed.set()
+
+    def _say_joined(self) -> None:
+        """A newcomer that this peer has given its state to stands on the roster."""
+        self.server.watchers.say_all(pb.WatchFrame(joined=True).SerializeToString())
+
+    def _stepped(self, done: AppliedStep) -> None:
+        self._loader.release()  # whoever takes steps with the others has what it needs
+        self._on_step(done)

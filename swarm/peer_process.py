@@ -18,6 +18,7 @@ from swarm.compute import ComputeThread, spread_over
 from swarm.config import RunConfig
 from swarm.directory import Directory
 from swarm.errors import NoAnswerError, UserError
+from swarm.loading import shown_loading
 from swarm.metrics import MetricsSender
 from swarm.peer import Peer
 from swarm.process import best_address, joined, watch_daemon
@@ -71,13 +72,14 @@ async def serve(options: PeerOptions) -> int:
             "uplink": UplinkMeter(options.bandwidth * BYTES_PER_MEGABIT),
         }
         peer: Peer | Auxiliary
-        if options.aggregate_only:
-            peer = Auxiliary(**place)
-        else:
-            peer = Peer(**place, compute=ComputeThread(threads), device=device)
         work = f"averaging for stage {stage}" if options.aggregate_only else f"stage {stage} on {device}"
         log.info("run %s (%s), %s", config.name, manifest.run, work)
-        await peer.join()
+        with shown_loading() as show:
+            if options.aggregate_only:
+                peer = Auxiliary(**place)
+            else:
+                peer = Peer(**place, compute=ComputeThread(threads), device=device, on_loading=show)
+            await peer.join()
         log.info("others may also join through %s", best_address(here.addresses))
         sender = MetricsSender(here.network, manifest.organizer, kind="peer", values=peer.metrics)
         try:

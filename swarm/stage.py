@@ -202,6 +202,12 @@ class Stage:
         self.history = self.history.with_step(self.version, microbatches)
         self.version, self.frozen = self.version + 1, None
 
+    def replay(self, mean: torch.Tensor, microbatches: Collection[bytes]) -> None:
+        """Take a step that others have taken already; what is accumulated here is not in it."""
+        self.thaw()
+        self.apply(mean, microbatches)
+        self.accumulator.step = self.version
+
     def empty(self, step: int) -> Accumulator:
         """A sum of nothing, for `step`."""
         return Accumulator(step, [torch.zeros_like(p) for p in self._weights.parameters])

@@ -1,160 +1,295 @@
-"""State transfer: a newcomer loads parameters, optimizer state and version from a living peer.
+"""How a peer gets the state of its stage: from several donors at once, and up to the step that closes now.
 
-The donor takes a snapshot between two steps and sends it as safetensors in bounded chunks, announced by
-its version, size and SHA-256. The newcomer checks size, hash, names, shapes and types before anything of
-it is used: never a half-loaded state.
+    ask some donors what they have, and take what most of them hold
+    load it, chunk by chunk, of all who hold the same; who vanishes is replaced by the others
+    replay the mean gradients of the steps that closed meanwhile, until there is none left
+    keep the donors' streams until this peer takes steps itself: what closes before, it replays, too
 
-I/O: one event loop; snapshots in the compute thread.
+Every chunk has the hash that was announced for it; names, shapes and types are checked before anything is
+used: never a half-loaded state.
+
+I/O: one event loop; loading in the compute thread.
 """
 
 import asyncio
+import contextlib
 import functools
-import hashlib
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import safetensors
 import safetensors.torch
-from google.protobuf.message import DecodeError
+import torch
 
 from averaging.errors import AveragingError, LinkError, ProtocolError
-from averaging.network import Network, PeerId, Stream
-from swarm import swarm_pb2 as pb
-from swarm.compute import Compute, Priority
+from averaging.network import Network, PeerId
+from swarm.chunks import CHUNK_BYTES, Contents, Download
+from swarm.compute import Compute, between_hops
+from swarm.donor import SERVICE, contents_of, serialized, unpack_mean
+from swarm.source import ANSWER_S, NothingError, Offer, Source
 from swarm.stage import Stage
 
-SERVICE = "state"
-CHUNK_BYTES = 1 << 20
-ALLOWANCE_BYTES = 16 << 20  # for names, shapes and the history of microbatches
-DEADLINE_S = 30.0  # for the offer and for each chunk
+DONORS = 4  # at once
+AHEAD = 4  # chunks that one is asked for
+AGREE_TRIES, AGREE_PAUSE_S = 5, 0.2  # for a donor that has yet to take the step that others have taken
 log = logging.getLogger(__name__)
 
 
-class NoStateError(AveragingError):
-    """The donor is itself new."""
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How far a transfer is."""
+
+    what: str
+    received_bytes: int
+    size_bytes: int
+    donors: int
 
 
-class StateServer:
-    """Gives this peer's state to newcomers, two at a time."""
+class NoDonorError(AveragingError):
+    """All donors of something were lost; others, or the same a moment later, may have it."""
 
-    def __init__(self, network: Network, stage: Stage, compute: Compute) -> None:
+
+class StateLoader:
+    """Brings one peer's stage to where the others are."""
+
+    def __init__(
+        self,
+        network: Network,
+        stage: Stage,
+        compute: Compute,
+        *,
+        replay: Callable[[torch.Tensor, Collection[bytes]], None],
+        on_loading: Callable[[Loading], None] = lambda loading: None,
+    ) -> None:
+        """`replay` takes one step with a mean gradient, in the compute thread."""
         self._network, self._stage, self._compute = network, stage, compute
-        self.available = False  # nothing to give before this peer has a state itself
-        self._snapshot: tuple[int, bytes] | None = None
-        self._slots = asyncio.Semaphore(2)
+        self._replay, self._on_loading = replay, on_loading
+        self._sources: list[Source] = []
+        self._begun: Download | None = None  # of a state, whose donors were lost
+        self._begun_version: int | None = None
+        self._lost: dict[PeerId, str] = {}  # that have left transfers unfinished, and why: better ask others
+        self._finishing: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
 
-    async def start(self) -> None:
-        await self._network.serve(SERVICE, self._give)
+    async def load(self, peers: Sequence[PeerId], *, at_least: int = 0) -> bool:
+        """Load the newest state of `peers`, of version `at_least` or more, and replay what closed meanwhile.
 
-    async def _give(self, stream: Stream) -> None:
+        One that is the stage's own already, bit by bit, as where all begin from the seed, is not transferred.
+        Returns False if none of them has one; the stage is then unchanged, as it is when this raises.
+
+        Raises:
+            AveragingError: none gave its state, and at least one could not be asked: it may have one.
+        """
+        self.release()
+        found, unheard = await self._offers_of(peers)
+        usable = {peer: offer for peer, offer in found.items() if offer.name[1] >= at_least}
+        offers = [offer for peer, offer in usable.items() if peer not in self._lost] or [*usable.values()]
+        if not offers:
+            self.release()
+            if unheard is not None:
+                raise unheard
+            return False
+        begun = (offer for offer in offers if self._begun and offer.contents == self._begun.contents)
+        best = next(begun, None) or _most_held(offers)
+        version, size = best.name[1], best.contents.size_bytes
+        if version != self._stage.version or best.contents != await self._own_contents():
+            began_s = asyncio.get_running_loop().time()
+            data = await self._download_state(best)
+            await between_hops(self._compute, lambda: self._load(data, version))
+            took_s = asyncio.get_running_loop().time() - began_s
+            log.info(
+                "loaded version %d (%.1f MB) in %.1f s from %s", version, size / 1e6, took_s, self._names()
+            )
+        else:
+            log.info("the same state, of version %d, as %s", version, self._names())
+        self._lost.clear()
+        await self.follow()
+        return True
+
+    async def follow(self) -> bool:
+        """Take the steps that the donors have taken meanwhile; True if that brought the stage forward."""
+        before = self._stage.version
         try:
-            frame = await stream.receive()
-            request = pb.StateRequest.FromString(frame.header if frame else b"")
-            if not self.available or request.stage != self._stage.stage:
-                await stream.send(pb.StateOffer(available=False).SerializeToString())
-                return await stream.finish()
-            async with self._slots:
-                version, data = await self._take_snapshot()
-                digest = hashlib.sha256(data).digest()
-                offer = pb.StateOffer(available=True, version=version, size_bytes=len(data), sha256=digest)
-                await stream.send(offer.SerializeToString())
-                for start in range(0, len(data), CHUNK_BYTES):
-                    async with asyncio.timeout(DEADLINE_S):  # a reader that crawls must not keep the slot
-                        await stream.send(b"", memoryview(data)[start : start + CHUNK_BYTES])
-                await stream.finish()
-        except (LinkError, DecodeError, TimeoutError) as error:
-            log.info("state transfer ended early: %s", error)
-            stream.abort()
+            while (offer := await self._next_mean()) is not None:
+                step = self._stage.version
+                data = await self._download(f"step {step}", offer, Download(offer.contents))
+                mean, ids = unpack_mean(data, self._stage.values)
+                await between_hops(self._compute, functools.partial(self._replay, mean, ids))
+                log.info("replayed step %d", step)
+        except ValueError as error:
+            log.warning("cannot replay step %d: %s", self._stage.version, error)
+        except AveragingError as error:
+            log.info("cannot replay step %d: %s", self._stage.version, error)
+        return self._stage.version > before
 
-    async def _take_snapshot(self) -> tuple[int, bytes]:
-        """Serialize in the compute thread: between steps, and only once per version."""
+    async def say_joined(self) -> None:
+        """This peer stands on the roster: let the donors tell the trainers, who would find it later."""
+        for source in list(self._sources):
+            try:
+                await source.say_joined()
+            except LinkError as error:
+                self._drop(source, error)
 
-        def snapshot() -> tuple[int, bytes]:
-            if self._snapshot is None or self._snapshot[0] != self._stage.version:
-                self._snapshot = self._stage.version, _serialized(self._stage)
-            return self._snapshot
+    def release(self) -> None:
+        """Need the donors no more; no-op without any."""
+        for source in self._sources:
+            task = asyncio.create_task(source.finish())
+            self._finishing.add(task)
+            task.add_done_callback(self._finishing.discard)
+        self._sources = []
 
-        return await asyncio.wrap_future(self._compute.submit(Priority.STEP, snapshot))
+    # donors
 
+    async def _offers_of(self, peers: Sequence[PeerId]) -> tuple[dict[PeerId, Offer], AveragingError | None]:
+        """What a few of them have, the first first; and why one that may have a state could not be asked."""
+        offers: dict[PeerId, Offer] = {}
+        unheard: AveragingError | None = None
+        remaining = list(peers)
+        while remaining and len(offers) < DONORS:
+            some, remaining = remaining[: DONORS - len(offers)], remaining[DONORS - len(offers) :]
+            for peer, found in zip(some, await asyncio.gather(*map(self._hold, some)), strict=True):
+                if isinstance(found, Offer):
+                    offers[peer] = found
+                elif isinstance(found, NothingError):
+                    log.info("no state from %s: %s", peer[-8:], found)
+                else:
+                    log.warning("no state from %s: %s", peer[-8:], found)
+                    if not (isinstance(found, LinkError) and found.refused):
+                        unheard = found
+        return offers, unheard
 
-async def fetch_state(
-    network: Network, stage: Stage, compute: Compute, donors: Sequence[PeerId], *, at_least: int = 0
-) -> bool:
-    """Load the state of the first donor that gives one of version `at_least` or more.
-
-    One that is the stage's own already, bit by bit, as where all begin from the seed, is not transferred.
-    Returns False if none of them has one; the stage is then unchanged, as it is when this raises.
-
-    Raises:
-        LinkError: none gave its state, and at least one could not be asked: it may have one.
-    """
-    unheard: LinkError | None = None
-    for donor in donors:
+    async def _hold(self, peer: PeerId) -> Offer | AveragingError:
+        """Hold on to a source of a state."""
         try:
-            offer, data = await _download(network, stage, compute, donor, at_least)
-            if data is None:
-                log.info("%s holds the same state of version %d", donor[-8:], offer.version)
-                return True
-            load = functools.partial(_load, stage, donor, offer, data)
-            await asyncio.wrap_future(compute.submit(Priority.STEP, load))
-            log.info("loaded version %d (%.1f MB) from %s", offer.version, len(data) / 1e6, donor[-8:])
-            return True
-        except NoStateError as error:
-            log.info("no state from %s: %s", donor[-8:], error)
-        except (AveragingError, TimeoutError) as error:
-            log.warning("no state from %s: %s", donor[-8:], error)
-            if not (isinstance(error, LinkError) and error.refused):
-                unheard = LinkError(donor, str(error) or "took too long")
-    if unheard is not None:
-        raise unheard
-    return False
+            stream = await self._network.open(peer, SERVICE, max_payload_bytes=CHUNK_BYTES)
+        except LinkError as error:
+            return error
+        source = Source(stream, self._stage, self._notify)
+        self._sources.append(source)
+        try:
+            return await source.ask(begun=self._begun_version)
+        except AveragingError as error:
+            self._sources.remove(source)
+            source.close()
+            return error
+
+    async def _next_mean(self) -> Offer | None:
+        """Of the step after this stage's, if the donors have taken it. Raises AveragingError."""
+        step, donors = self._stage.version, list(self._sources)
+        asked = await asyncio.gather(*(self._ask_mean(source, step) for source in donors))
+        offers = [offer for offer in asked if offer is not None]
+        return _most_held(offers) if offers else None
+
+    async def _ask_mean(self, source: Source, step: int) -> Offer | None:
+        try:
+            return await source.ask(step)
+        except NothingError:
+            return None
+        except AveragingError as error:
+            self._drop(source, error)
+            return None
+
+    def _drop(self, source: Source, error: AveragingError) -> None:
+        log.info("source %s: %s", source.peer[-8:], error)
+        source.close()
+        if source in self._sources:
+            self._sources.remove(source)
+
+    def _names(self) -> str:
+        return ", ".join(source.peer[-8:] for source in self._sources)
+
+    # transfer
+
+    async def _download_state(self, offer: Offer) -> bytearray:
+        """Go on with what was begun, if it is that."""
+        if self._begun is None or self._begun.contents != offer.contents:
+            self._begun, self._begun_version = Download(offer.contents), offer.name[1]
+        data = await self._download(f"version {offer.name[1]}", offer, self._begun)
+        self._begun = self._begun_version = None
+        return data
+
+    async def _download(self, what: str, offer: Offer, download: Download) -> bytearray:
+        """From all donors that hold the same. Raises AveragingError when the last is lost."""
+        pulls = [asyncio.create_task(self._pull(what, source, offer, download)) for source in self._sources]
+        try:
+            await asyncio.gather(*pulls)
+        finally:
+            for pull in pulls:
+                pull.cancel()
+        if not download.whole:
+            why, here = "; ".join(self._lost.values()), f"{download.received_bytes / 1e6:.1f} MB are here"
+            raise NoDonorError(f"all donors of {what} were lost, {here}: {why}")
+        return download.data
+
+    async def _pull(self, what: str, source: Source, offer: Offer, download: Download) -> None:
+        """Keep one source busy until all is here, or it is lost."""
+        name = offer.name
+        try:
+            if not await self._agrees(source, offer, download):
+                return
+            source.download = name, download
+            while not download.whole:
+                if source.error is not None:
+                    raise source.error
+                index = None
+                if len(source.owed) < AHEAD:
+                    index = download.next_of(source.peer, idle=not source.owed)
+                if index is None:
+                    await self._change(source)
+                    pulling = sum(d.download == (name, download) for d in self._sources)
+                    self._on_loading(
+                        Loading(what, download.received_bytes, offer.contents.size_bytes, pulling)
+                    )
+                else:
+                    await source.want(name, index)
+        except AveragingError as error:
+            self._lost[source.peer] = str(error)
+            self._drop(source, error)
+            self._notify()
+        finally:
+            download.lose(source.peer)
+
+    async def _agrees(self, source: Source, offer: Offer, download: Download) -> bool:
+        """Does it hold the same? One that is a step behind will in a moment. Raises AveragingError."""
+        for _ in range(AGREE_TRIES):
+            held = source.offered
+            if held is not None and held.name[0] == offer.name[0] and held.name[1] >= offer.name[1]:
+                return held == offer
+            await asyncio.sleep(AGREE_PAUSE_S)
+            if download.whole:
+                return False
+            with contextlib.suppress(NothingError):
+                await source.ask(offer.name[1] if offer.name[0] else None)
+        return False
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _change(self, source: Source) -> None:
+        """Wait until something has come, or somebody is lost. Raises LinkError when a chunk is overdue."""
+        left_s = source.heard_s + ANSWER_S - asyncio.get_running_loop().time() if source.owed else None
+        try:
+            async with asyncio.timeout(left_s):
+                await self._changed.wait()
+        except TimeoutError:
+            raise LinkError(source.peer, f"no chunk within {ANSWER_S:.0f} s") from None
+
+    # the stage
+
+    async def _own_contents(self) -> Contents:
+        return await contents_of(await between_hops(self._compute, lambda: serialized(self._stage)))
+
+    def _load(self, data: bytearray, version: int) -> None:
+        try:
+            self._stage.load(safetensors.torch.load(bytes(data)), version)
+        except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+            raise ProtocolError(self._names(), f"the state does not fit: {error}") from None
 
 
-def _serialized(stage: Stage) -> bytes:
-    return safetensors.torch.save(stage.state())
-
-
-async def _download(
-    network: Network, stage: Stage, compute: Compute, donor: PeerId, at_least: int
-) -> tuple[pb.StateOffer, bytearray | None]:
-    """A donor's offer, and its state unless the stage has the same."""
-    stream = await network.open(donor, SERVICE, max_payload_bytes=CHUNK_BYTES)
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            await stream.send(pb.StateRequest(stage=stage.stage).SerializeToString())
-            frame = await stream.receive()
-        offer = pb.StateOffer.FromString(frame.header if frame else b"")
-        if not offer.available:
-            raise NoStateError(f"{donor[-8:]} has none to give yet")
-        if offer.version < at_least:
-            raise NoStateError(f"{donor[-8:]} is at version {offer.version} only")
-        if offer.version == stage.version:
-            own = await asyncio.wrap_future(compute.submit(Priority.STEP, lambda: _serialized(stage)))
-            if hashlib.sha256(own).digest() == offer.sha256:
-                return offer, None
-        most = 4 * 4 * stage.values + ALLOWANCE_BYTES
-        if offer.size_bytes > most:
-            raise ProtocolError(donor, f"offers {offer.size_bytes} bytes, the stage takes at most {most}")
-        data = bytearray()
-        while len(data) < offer.size_bytes:
-            async with asyncio.timeout(DEADLINE_S):
-                frame = await stream.receive()
-            if frame is None:
-                raise LinkError(donor, "ended the state early")
-            if len(frame.payload) != min(CHUNK_BYTES, offer.size_bytes - len(data)):
-                raise ProtocolError(donor, "sends a state in crumbs")
-            data += frame.payload
-    except DecodeError:
-        raise ProtocolError(donor, "malformed state offer") from None
-    finally:
-        stream.abort()
-    if len(data) != offer.size_bytes or hashlib.sha256(data).digest() != offer.sha256:
-        raise ProtocolError(donor, "the state does not match its hash")
-    return offer, data
-
-
-def _load(stage: Stage, donor: PeerId, offer: pb.StateOffer, data: bytearray) -> None:
-    try:
-        stage.load(safetensors.torch.load(bytes(data)), offer.version)
-    except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ProtocolError(donor, f"its state does not fit: {error}") from None
+def _most_held(offers: Collection[Offer]) -> Offer:
+    """What most hold; of two that equally many hold the newer one."""
+    held = Counter(offers)
+    return max(held, key=lambda offer: (held[offer], offer.name[1]))

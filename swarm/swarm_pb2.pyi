@@ -204,32 +204,70 @@ class Stepped(_message.Message):
     def __init__(self, version: _Optional[int] = ..., microbatches: _Optional[_Iterable[bytes]] = ..., whole: _Optional[bool] = ..., fresh: _Optional[bool] = ...) -> None: ...
 
 class WatchFrame(_message.Message):
-    __slots__ = ("heartbeat", "event", "stepped")
+    __slots__ = ("heartbeat", "event", "stepped", "joined")
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     EVENT_FIELD_NUMBER: _ClassVar[int]
     STEPPED_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
     heartbeat: Heartbeat
     event: Event
     stepped: Stepped
-    def __init__(self, heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ...) -> None: ...
+    joined: bool
+    def __init__(self, heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., joined: _Optional[bool] = ...) -> None: ...
 
-class StateRequest(_message.Message):
-    __slots__ = ("stage",)
+class StateAsk(_message.Message):
+    __slots__ = ("stage", "step", "begun")
     STAGE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
     stage: int
-    def __init__(self, stage: _Optional[int] = ...) -> None: ...
+    step: int
+    begun: int
+    def __init__(self, stage: _Optional[int] = ..., step: _Optional[int] = ..., begun: _Optional[int] = ...) -> None: ...
+
+class StateChunk(_message.Message):
+    __slots__ = ("mean", "number", "index")
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    mean: bool
+    number: int
+    index: int
+    def __init__(self, mean: _Optional[bool] = ..., number: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
+
+class FromNewcomer(_message.Message):
+    __slots__ = ("alive", "ask", "chunk", "joined")
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    ASK_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
+    alive: bool
+    ask: StateAsk
+    chunk: StateChunk
+    joined: bool
+    def __init__(self, alive: _Optional[bool] = ..., ask: _Optional[_Union[StateAsk, _Mapping]] = ..., chunk: _Optional[_Union[StateChunk, _Mapping]] = ..., joined: _Optional[bool] = ...) -> None: ...
 
 class StateOffer(_message.Message):
-    __slots__ = ("available", "version", "size_bytes", "sha256")
-    AVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("version", "number", "size_bytes", "busy")
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    SHA256_FIELD_NUMBER: _ClassVar[int]
-    available: bool
+    BUSY_FIELD_NUMBER: _ClassVar[int]
     version: int
+    number: int
     size_bytes: int
-    sha256: bytes
-    def __init__(self, available: _Optional[bool] = ..., version: _Optional[int] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+    busy: bool
+    def __init__(self, version: _Optional[int] = ..., number: _Optional[int] = ..., size_bytes: _Optional[int] = ..., busy: _Optional[bool] = ...) -> None: ...
+
+class FromDonor(_message.Message):
+    __slots__ = ("alive", "offer", "chunk")
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    alive: bool
+    offer: StateOffer
+    chunk: StateChunk
+    def __init__(self, alive: _Optional[bool] = ..., offer: _Optional[_Union[StateOffer, _Mapping]] = ..., chunk: _Optional[_Union[StateChunk, _Mapping]] = ...) -> None: ...
 
 class Metrics(_message.Message):
     __slots__ = ("json",)

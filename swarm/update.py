@@ -4,7 +4,7 @@
     on the plan it is frozen; gradients go on into a new sum behind it
     on the mean: one optimizer step; trainers are told which microbatches are in it
     after an abandoned plan the frozen sum stays, and what was lost with a member is computed again
-    if the stage has gone on without this peer: load a donor's state
+    if the stage has gone on without this peer: replay its steps, or load a donor's state
 
 With delayed updates hops go on all the while; otherwise they wait from the freeze to the step.
 
@@ -29,7 +29,7 @@ from averaging.network import Network, PeerId
 from averaging.participant import Mean, Participant
 from averaging.plan import Pass, StepRules
 from swarm import swarm_pb2 as pb
-from swarm.compute import Compute, Priority
+from swarm.compute import Compute, between_hops
 from swarm.config import RunConfig
 from swarm.history import REMEMBERED_STEPS
 from swarm.server import HopServer
@@ -85,16 +85,18 @@ class Updater:
         run: str,
         roster: Callable[[], Collection[PeerId]],
         refresh_roster: Callable[[], Awaitable[None]],
-        refetch: Callable[[], Awaitable[bool]],
+        refetch: Callable[[BehindError | None], Awaitable[bool]],
         auxiliaries: Callable[[], Collection[PeerId]] = tuple,
         rng: random.Random,
         uplink: UplinkMeter | None = None,
+        keep: Callable[[int, torch.Tensor, Collection[bytes]], None] = lambda step, mean, ids: None,
         on_step: Callable[[AppliedStep], None] = lambda done: None,
     ) -> None:
         """`roster` are the live peers of the stage without this one, as of the last `refresh_roster`;
-        `auxiliaries` those of them that only reduce; `refetch` loads a donor's state, if there is one."""
+        `auxiliaries` those of them that only reduce; `refetch` brings the stage to where the others are, if
+        somebody can help; `keep` is shown the mean gradient [values] of every step, for newcomers."""
         self._stage, self._compute, self._server = stage, compute, server
-        self._config, self._refetch, self._on_step = config, refetch, on_step
+        self._config, self._refetch, self._keep, self._on_step = config, refetch, keep, on_step
         self._frozen_ids: tuple[bytes, ...] = ()  # microbatches in what was frozen last
         self._contributed: dict[int, tuple[bytes, ...]] = {}  # step -> microbatches this peer put into it
         self._rules = rules = step_rules(config)
@@ -127,18 +129,18 @@ class Updater:
 
     async def run(self) -> None:
         """Close one step after the other, for ever."""
-        self.state_hash = await self._in_compute(self._stage.hash)
+        self.state_hash = await between_hops(self._compute, self._stage.hash)
         for _ in range(CATCH_UPS):  # what closed while the state came, closed without this peer
             if not await self.participant.is_behind():
                 break
-            await self._catch_up()
+            await self._catch_up(None)
         log.info("serving stage %d at version %d", self._stage.stage, self._stage.version)
         while True:
             try:
                 await self._apply(await self.participant.close_step(self))
             except BehindError as error:
                 log.info("step %d: %s", self._stage.version, error)
-                await self._catch_up()
+                await self._catch_up(error)
 
     # one step
 
@@ -167,18 +169,21 @@ class Updater:
     async def freeze(self) -> Contribution:
         if not self._config.training.delayed_updates:
             self._compute.hold(True)
-        frozen = await self._in_compute(self._stage.freeze)
+        frozen = await between_hops(self._compute, self._stage.freeze)
         self._frozen_ids = tuple(frozen.microbatches)
         if not self._server.may_count(frozen):
             raise RoundAbandonedError("gradients in it are with other peers or in a step")
-        vector, weight = await self._in_compute(lambda: self._stage.mean(frozen)), float(frozen.tokens)
+        vector, weight = (
+            await between_hops(self._compute, lambda: self._stage.mean(frozen)),
+            float(frozen.tokens),
+        )
         if (factors := self._factors) is None:
             return Contribution(vector, weight, self._frozen_ids)
 
         async def second(mean: torch.Tensor) -> torch.Tensor:
-            return await self._in_compute(lambda: factors.second(mean))
+            return await between_hops(self._compute, lambda: factors.second(mean))
 
-        sketches = await self._in_compute(lambda: factors.first(vector, weight))
+        sketches = await between_hops(self._compute, lambda: factors.first(vector, weight))
         return Contribution(sketches, weight, self._frozen_ids, then=second)
 
     def abandoned(self, *, duplicate: bool) -> None:
@@ -193,19 +198,20 @@ class Updater:
         self._contributed[step] = self._frozen_ids if counted else ()
         self._contributed.pop(step - REMEMBERED_STEPS, None)
 
-        def apply_and_hash() -> bytes:
+        def apply_and_hash() -> tuple[bytes, torch.Tensor]:
             factors, vector = self._factors, mean.vector
             if factors is not None:
                 vector = factors.result(vector, counted=counted)
             elif self._low_rank is not None:
                 self._low_rank.follow(vector)
             self._stage.apply(vector, mean.ids)
-            return self._stage.hash()
+            return self._stage.hash(), vector
 
         try:
-            self.state_hash = await self._in_compute(apply_and_hash)
+            self.state_hash, vector = await between_hops(self._compute, apply_and_hash)
         finally:
             self._compute.hold(False)
+        self._keep(step, vector, mean.ids)
         self.counters["averaging_bytes"] += mean.sent_bytes
         self.participant.coordinator.step_closed(self._stage.version)
         if not counted:
@@ -227,20 +233,26 @@ class Updater:
             )
         )
 
-    async def _catch_up(self) -> None:
-        """Load a donor's state; gradients for earlier versions stay, unless they are in it or too old."""
+    def replay(self, mean: torch.Tensor, microbatches: Collection[bytes]) -> None:
+        """Take a step that the others have taken, with its mean gradient [values]; for the compute thread."""
+        if self._low_rank is not None:
+            self._low_rank.follow(mean)
+        self._stage.replay(mean, microbatches)
+
+    async def _catch_up(self, error: BehindError | None) -> None:
+        """Come to where the others are; gradients for earlier versions stay, unless too old or in it."""
         before = self._stage.version
-        if not await self._refetch():
+        if not await self._refetch(error):
             return
         stale = self._stage.version - before > self._config.training.max_staleness
         for held in self._stage.sums:
             if stale or not self._server.may_count(held):
                 self.counters["too_stale"] += stale * len(held.microbatches)
                 await self._give_up(held)
-        await self._in_compute(self._stage.thaw)
+        await between_hops(self._compute, self._stage.thaw)
         self._server.moved_to_step(self._stage.accumulator)
         self._server.forget_released(self._stage.history)
-        self.state_hash = await self._in_compute(self._stage.hash)
+        self.state_hash = await between_hops(self._compute, self._stage.hash)
         self.participant.coordinator.step_closed(self._stage.version)
         self._server.announced_version = self._stage.version
         self._say_steps(self._server.told_history())
@@ -261,9 +273,6 @@ class Updater:
 
     async def _give_up(self, held: Accumulator) -> None:
         self.counters["orphaned"] += len(held.microbatches)
-        await self._in_compute(lambda: self._stage.discard(held))
+        await between_hops(self._compute, lambda: self._stage.discard(held))
         self._server.lost_gradients(held.microbatches)
         self._server.orphans.difference_update(held.microbatches)
-
-    async def _in_compute(self, work: Callable[[], object]):  # type: ignore[no-untyped-def]
-        return await asyncio.wrap_future(self._compute.submit(Priority.STEP, work))

@@ -9,17 +9,18 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
-from averaging.errors import LinkError
+from averaging.errors import AveragingError
 from averaging.network import PeerId
-from swarm import swarm_pb2 as pb
+from swarm.compute import ComputeThread
 from swarm.config import RunConfig, dump_run
 from swarm.launch import Child, LocalRun
 from swarm.manifest import pack_manifest
+from swarm.model import build_stage
 from swarm.process import Joined, joined
-from swarm.state import SERVICE as STATE_SERVICE
+from swarm.stage import Stage
+from swarm.state import StateLoader
 from trainers.trainer import Trainer
 
 STEPPED = re.compile(r"applied step (\d+) with .*, state (\w+)")
@@ -61,18 +62,19 @@ class RealSwarm:
         return whole
 
     async def _state(self, peer: PeerId, stage: int, version: int) -> dict[str, torch.Tensor] | None:
+        """As a newcomer would load it; None if the peer is at another version or does not answer."""
+        module = build_stage(self.config.model, stage, seed=self.config.training.seed)
+        copy = Stage(module, self.config.training, stage=stage, stages=self.config.model.stages)
+        compute = ComputeThread(1)
+        loader = StateLoader(self.here.network, copy, compute, replay=copy.replay)
         try:
-            stream = await self.here.network.open(peer, STATE_SERVICE, max_payload_bytes=1 << 20)
-            await stream.send(pb.StateRequest(stage=stage).SerializeToString())
-            frame = await stream.receive()
-            offer = pb.StateOffer.FromString(frame.header)
-            data = bytearray()
-            while len(data) < offer.size_bytes:
-                data += (await stream.receive()).payload
-            stream.abort()
-        except LinkError:
+            loaded = await loader.load([peer])
+        except AveragingError:
             return None
-        return safetensors.torch.load(bytes(data)) if offer.version == version else None
+        finally:
+            loader.release()
+            compute.close()
+        return copy.state() if loaded and copy.version == version else None
 
     async def until(self, condition: Callable[[], bool], limit_s: float, what: str) -> None:
         end = time.monotonic() + limit_s

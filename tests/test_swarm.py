@@ -112,7 +112,7 @@ def test_a_stage_on_a_grid_stays_identical_and_survives_a_death():
 def test_peers_that_begin_from_the_seed_do_not_send_each_other_their_state(caplog):
     async def test(sim):
         await sim.start_peer(1)
-        await sim.until(lambda: any("holds the same state" in message for message in caplog.messages))
+        await sim.until(lambda: any("the same state" in message for message in caplog.messages))
         assert not any("loaded version" in message for message in caplog.messages)
         await train(sim, 20)
         await sim.start_peer(1)
@@ -307,3 +307,20 @@ def test_a_stage_on_a_grid_goes_on_together_when_members_are_killed_while_they_a
         assert not split, f"(stage, version) with different states: {split}"
 
     simulate(test, "averaging.group_size=2", "averaging.codec=int8", peers=5)
+
+
+def test_trainers_find_a_newcomer_at_once_not_when_they_read_the_roster_next():
+    async def test(sim):
+        await train(sim, 20)
+        newcomer = await sim.start_peer(1)
+        await sim.until(lambda: hasattr(sim.peers[newcomer].peer, "updater"))
+        peer = sim.peers[newcomer].peer
+        await sim.until(lambda: peer.updater.state_hash)
+        joined_s = sim.clock()
+        await sim.until(lambda: newcomer in sim.pipeline._heard_s)
+        assert sim.clock() - joined_s < 0.5
+        training = asyncio.ensure_future(train(sim, 60, first=20))
+        await sim.until(lambda: peer.server.counters["tokens"] > 0, 5)
+        await training
+
+    simulate(test, "network.announce_s=30", "network.expire_s=120")

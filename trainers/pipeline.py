@@ -1,6 +1,6 @@
 """Executes the ledger's commands on the network and feeds it what comes back.
 
-    roster      read every period; each peer found is watched
+    roster      read every period, and when a peer says that another has come; each one found is watched
     watch       one stream per peer: its events and heartbeats in, echoes out (they renew its lease)
     commands    push, resend, cancel, release: calls, whose answers are events again
 
@@ -11,6 +11,7 @@ I/O: one event loop. The decisions are the ledger's.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import random
@@ -38,6 +39,7 @@ from trainers.ledger import Ledger, batched_releases
 from trainers.throttle import Throttle
 
 TICK_S = 0.05
+LOOK_S = 0.1  # between two readings of the roster, at least
 RETRY_S = 0.5
 GOODBYE_S = 1.0
 TOLD_AGAIN_S, MOST_TOLD = 30.0, 256  # of a link that fails, on the log
@@ -81,6 +83,7 @@ class Pipeline:
         self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat was answered
         self._told_s: dict[tuple[PeerId, PeerId], float] = {}  # when to say again that a link fails
         self._tasks: set[asyncio.Task[None]] = set()
+        self._joined = asyncio.Event()  # somebody has come
         self.changed = asyncio.Event()  # something completed, settled, or stepped
 
     async def run(self) -> None:
@@ -120,6 +123,7 @@ class Pipeline:
 
     async def _read_rosters(self) -> None:
         while True:
+            self._joined.clear()
             for stage in range(self._config.model.stages):
                 try:
                     records = await self._directory.roster(stage)
@@ -133,7 +137,11 @@ class Pipeline:
                         self._watched[record.peer] = task
                         task.add_done_callback(functools.partial(self._unwatch, record.peer))
             period_s = self._config.network.announce_s / 2
-            await asyncio.sleep(period_s if self.ready_stages == self._config.model.stages else 0.2)
+            await asyncio.sleep(LOOK_S)
+            complete = self.ready_stages == self._config.model.stages
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(period_s if complete else LOOK_S):
+                    await self._joined.wait()
 
     def _unwatch(self, peer: PeerId, task: "asyncio.Task[None]") -> None:
         self._watched.pop(peer, None)
@@ -215,6 +223,8 @@ class Pipeline:
                         if again:
                             self.feed(ev.WatchBroke(peer))
                     self.feed(ev.SteppedEvent(stage, peer, message.heartbeat.version))
+                case "joined":
+                    self._joined.set()
                 case "event":
                     event = _hop_event(peer, message.event)
                     self._note_bad_link(stage, event)
