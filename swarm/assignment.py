@@ -1,27 +1,42 @@
-"""Which stage a peer that may serve any of them should take: the one that most lacks throughput, or reducers.
+"""Which stage a peer that may serve any of them should take: the weakest for what it costs, or reducers.
 
 Pure.
 """
 
 from collections.abc import Sequence
+from statistics import median
 
+from swarm.rebalance import Doing, Seat, capacities, weakest_stage
 from swarm.records import PeerRecord
 
+MOST = 10.0  # nobody counts as more than so many times as fast as usual, whatever it says
 
-def choose_stage(rosters: Sequence[Sequence[PeerRecord]]) -> tuple[int, str]:
-    """The stage to serve, and why: an empty one first, then the one with the least throughput per pool.
 
-    Peers that have not measured themselves yet count as the average of those that have.
-    """
-    pools = [[record for record in roster if not record.aggregates_only] for roster in rosters]
-    empty = [stage for stage, pool in enumerate(pools) if not pool]
-    if empty:
-        return empty[0], "it has no peer"
-    speeds = [r.tokens_per_s for pool in pools for r in pool if r.tokens_per_s > 0]
-    assumed = sum(speeds) / len(speeds) if speeds else 1.0
-    totals = [sum(r.tokens_per_s or assumed for r in pool) for pool in pools]
-    stage = min(range(len(totals)), key=lambda s: (totals[s], s))
-    return stage, f"its pool is the slowest, {totals[stage]:.0f} tokens/s"
+def seats_of(rosters: Sequence[Sequence[PeerRecord]]) -> list[Seat]:
+    """All peers with a device; who has not measured itself yet counts as usual."""
+    records = [record for roster in rosters for record in roster if not record.aggregates_only]
+    known = [record.speed for record in records if record.speed > 0]
+    usual = median(known) if known else 1.0
+    return [
+        Seat(
+            record.peer,
+            record.stage,
+            min(record.speed or usual, MOST * usual),
+            Doing.LOADS if record.loading else Doing.SERVES,
+        )
+        for record in records
+    ]
+
+
+def choose_stage(rosters: Sequence[Sequence[PeerRecord]], costs: Sequence[float]) -> tuple[int, str]:
+    """The stage to serve, and why. `costs`: of a token in every stage, in the unit of speeds."""
+    seats = seats_of(rosters)
+    stage = weakest_stage(seats, costs)
+    peers = sum(seat.stage == stage for seat in seats)
+    if not peers:
+        return stage, "it has no peer"
+    total = capacities(seats, costs)
+    return stage, f"the weakest, with {peers} peers and {total[stage] / max(total):.0%} of the strongest one"
 
 
 def choose_assisted(rosters: Sequence[Sequence[PeerRecord]]) -> tuple[int, str]:

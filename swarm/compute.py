@@ -9,6 +9,7 @@ import concurrent.futures
 import heapq
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, Protocol, TypeVar
@@ -39,6 +40,11 @@ class Compute(Protocol):
     @property
     def queued(self) -> int: ...
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds for which it has computed hops."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -58,12 +64,12 @@ class _Queue:
     def push(self, priority: Priority, future: "concurrent.futures.Future[T]", work: Callable[[], T]) -> None:
         heapq.heappush(self._heap, (priority, next(self._order), future, work))
 
-    def pop(self) -> tuple["concurrent.futures.Future[Any]", Callable[[], Any]] | None:
+    def pop(self) -> tuple[Priority, "concurrent.futures.Future[Any]", Callable[[], Any]] | None:
         """The next job that may run now and was not cancelled; it counts as started."""
         while self._heap and not (self.held and self._heap[0][0] > Priority.STEP):
-            _, _, future, work = heapq.heappop(self._heap)
+            priority, _, future, work = heapq.heappop(self._heap)
             if future.set_running_or_notify_cancel():
-                return future, work
+                return Priority(priority), future, work
         return None
 
     def __len__(self) -> int:
@@ -88,6 +94,7 @@ class ComputeThread:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
+        self.busy_s = 0.0
         self._queue, self._changed, self._closed = _Queue(), threading.Condition(), False
         Worker(self._loop, name="compute", stop=self.close)
 
@@ -121,8 +128,11 @@ class ComputeThread:
                     self._changed.wait()
                 if job is None or self._closed:
                     return
-            _run(*job)
+            began_s, priority = time.perf_counter(), job[0]
+            _run(*job[1:])
             job = None  # its results must not live until the next one comes
+            if priority is not Priority.STEP:
+                self.busy_s += time.perf_counter() - began_s
 
 
 class VirtualCompute:
@@ -130,6 +140,7 @@ class VirtualCompute:
 
     def __init__(self, seconds: Callable[[Priority], float], *, stopped: Callable[[], bool] = lambda: False):
         self._queue, self._seconds, self._stopped = _Queue(), seconds, stopped
+        self.busy_s = 0.0
         self._changed = asyncio.Event()
         self._task = asyncio.ensure_future(self._loop())
 
@@ -161,7 +172,11 @@ class VirtualCompute:
                 self._changed.clear()
                 await self._changed.wait()
                 continue
-            await asyncio.sleep(self._seconds(Priority.FORWARD))
+            priority, future, work = job
+            took_s = self._seconds(Priority.FORWARD)
+            await asyncio.sleep(took_s)
+            if priority is not Priority.STEP:
+                self.busy_s += took_s
             while self._stopped():  # noqa: ASYNC110 - a stopped process is polled, in virtual time
                 await asyncio.sleep(0.05)
-            _run(*job)
+            _run(future, work)

@@ -28,10 +28,11 @@ class Membership:
         progress: Callable[[], tuple[int, float]],
         period_s: float,
     ) -> None:
-        """`own` is what to announce but for `progress`: the version, and tokens per second."""
+        """`own` is what to announce but for `progress`: the version, and the speed."""
         self._directory, self._own = directory, own
         self._progress, self._period_s = progress, period_s
-        self.others: dict[PeerId, PeerRecord] = {}  # as of the last `read`
+        self.loading = False  # announced only for others who look for a stage
+        self.others: dict[PeerId, PeerRecord] = {}  # those who do not load, as of the last `read`
 
     def auxiliaries(self) -> list[PeerId]:
         """Those of the others that only reduce."""
@@ -56,7 +57,8 @@ class Membership:
         """Who else is there? Raises LinkError."""
         records = await self._directory.roster(self._own.stage)
         self.others.clear()
-        self.others.update({record.peer: record for record in records if record.peer != self._own.peer})
+        others = (record for record in records if record.peer != self._own.peer and not record.loading)
+        self.others.update({record.peer: record for record in others})
 
     async def keep(self) -> None:
         """Renew the record and read the roster, every period, until cancelled."""
@@ -73,6 +75,6 @@ class Membership:
             log.info("the record could not be withdrawn; it expires by itself")
 
     def _record(self) -> PeerRecord:
-        version, tokens_per_s = self._progress()
-        now = {"version": version, "tokens_per_s": round(tokens_per_s, 1), "announced_s": time.time()}
+        version, speed = (0, 0.0) if self.loading else self._progress()
+        now = {"version": version, "speed": speed, "loading": self.loading, "announced_s": time.time()}
         return self._own.model_copy(update=now)

@@ -28,7 +28,7 @@ from swarm.config import RunConfig
 from swarm.directory import Directory
 from swarm.donor import Donor
 from swarm.membership import Membership
-from swarm.model import build_stage
+from swarm.model import build_stage, stage_costs
 from swarm.records import MAX_ADDRESSES, PeerRecord
 from swarm.server import HopServer
 from swarm.stage import Stage
@@ -36,6 +36,7 @@ from swarm.state import Loading, StateLoader
 from swarm.update import AppliedStep, Updater
 
 REFETCH_PAUSE_S = 0.2
+SMOOTHING = 0.3  # of rates, per announcement
 log = logging.getLogger(__name__)
 
 
@@ -62,6 +63,7 @@ class Peer:
     ) -> None:
         self._network, self._compute, self.config = network, compute, config
         self._run, self._stage_number, self._device, self._name = run, stage, device, name
+        self._cost = stage_costs(config.model)[stage]
         self._clock, self._on_step, self._on_loading = clock, on_step, on_loading
         self._uplink = uplink or UplinkMeter()
         self._rng = rng or random.SystemRandom()
@@ -70,12 +72,22 @@ class Peer:
         self.membership = Membership(
             directory, record, progress=self._progress, period_s=config.network.announce_s
         )
-        self._tokens_seen, self._tokens_at_s = 0.0, clock()
-        self._tokens_per_s = 0.0
+        self._seen, self._tokens_per_s, self._speed = (0.0, clock(), 0.0), 0.0, 0.0
         self._join_s = 0.0  # from asking for the state to the first microbatch that counted here
 
     async def join(self) -> None:
         """Build the stage, load its state, and announce it: hops may come from now on."""
+        self.membership.loading = True
+        await self.membership.enter()
+        loading = asyncio.create_task(self.membership.keep())
+        try:
+            await self._prepare()
+        finally:
+            loading.cancel()
+        await self._serve()
+
+    async def _prepare(self) -> None:
+        """Build the stage and load its state."""
         self.stage: Stage = await between_hops(self._compute, self._build)
         self.server = HopServer(
             network=self._network,
@@ -120,10 +132,13 @@ class Peer:
         self._asked_s = self._clock()
         while not await self._has_state():
             log.info("trying again to get a state of stage %d", self._stage_number)
+
+    async def _serve(self) -> None:
         self.server.announced_version = self.stage.version
         await self.server.start()
         await self.updater.start()
         self._donor.available = True
+        self.membership.loading = False
         await self.membership.enter()
         await self._loader.say_joined()
 
@@ -190,12 +205,15 @@ class Peer:
         )
 
     def _progress(self) -> tuple[int, float]:
-        """The version, and tokens per second since the last call, smoothed."""
-        now_s, tokens = self._clock(), float(self.server.counters["tokens"])
-        rate = (tokens - self._tokens_seen) / max(1e-6, now_s - self._tokens_at_s)
-        self._tokens_per_s += 0.3 * (rate - self._tokens_per_s)
-        self._tokens_seen, self._tokens_at_s = tokens, now_s
-        return self.stage.version, self._tokens_per_s
+        """The version, and multiply-adds per second while this peer computes; both rates are smoothed."""
+        now = float(self.server.counters["tokens"]), self._clock(), self._compute.busy_s
+        tokens, passed_s, busy_s = (new - old for new, old in zip(now, self._seen, strict=True))
+        self._seen = now
+        self._tokens_per_s += SMOOTHING * (tokens / max(1e-6, passed_s) - self._tokens_per_s)
+        if tokens and busy_s > 0:
+            speed = tokens / busy_s * self._cost
+            self._speed = self._speed + SMOOTHING * (speed - self._speed) if self._speed else speed
+        return self.stage.version, self._speed
 
     async def _refetch(self, error: BehindError | None) -> bool:
         """The stage has gone on without this peer: replay its steps, or load what it has become."""

@@ -20,6 +20,7 @@ from swarm.directory import Directory
 from swarm.errors import NoAnswerError, UserError
 from swarm.loading import shown_loading
 from swarm.metrics import MetricsSender
+from swarm.model import stage_costs
 from swarm.peer import Peer
 from swarm.process import best_address, joined, watch_daemon
 from swarm.records import PeerRecord
@@ -54,8 +55,11 @@ async def serve(options: PeerOptions) -> int:
         config = manifest.config
         stage = options.stage
         if stage is None:
-            choose = choose_assisted if options.aggregate_only else choose_stage
-            stage, reason = choose(await _rosters(here.directory, config.model.stages))
+            rosters = await _rosters(here.directory, config.model.stages)
+            if options.aggregate_only:
+                stage, reason = choose_assisted(rosters)
+            else:
+                stage, reason = choose_stage(rosters, stage_costs(config.model))
             log.info("stage %d: %s", stage, reason)
         elif stage >= config.model.stages:
             raise UserError(

@@ -33,7 +33,8 @@ class PeerRecord(BaseModel):
     addresses: tuple[str, ...] = Field(default=(), max_length=MAX_ADDRESSES)
     name: str = Field("", max_length=64)
     version: int = Field(0, ge=0, description="steps applied")
-    tokens_per_s: float = Field(0.0, ge=0, le=1e9, description="claimed throughput, forward and backward")
+    speed: float = Field(0.0, ge=0, le=1e18, description="multiply-adds per second while it computes")
+    loading: bool = Field(False, description="its state is still coming: it serves and averages nothing yet")
     announced_s: float = Field(0.0, ge=0, description="wall clock of the announcement")
     aggregates_only: bool = Field(False, description="serves no hops and has no state")
 

@@ -132,7 +132,8 @@ class Pipeline:
                     continue
                 for record in records:
                     banned = self._wirings[stage].is_banned(record.peer, self._clock())
-                    if record.peer not in self._watched and not banned and not record.aggregates_only:
+                    serves = not record.aggregates_only and not record.loading
+                    if record.peer not in self._watched and not banned and serves:
                         task = asyncio.create_task(self._watch(stage, record.peer))
                         self._watched[record.peer] = task
                         task.add_done_callback(functools.partial(self._unwatch, record.peer))

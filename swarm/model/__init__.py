@@ -14,6 +14,7 @@ see `experiments/custom_model.py`.
 
 import hashlib
 import importlib
+import logging
 from collections.abc import Callable
 from typing import cast
 
@@ -23,6 +24,7 @@ from torch import nn
 from swarm.config import ModelConfig
 from swarm.errors import ConfigError
 
+log = logging.getLogger(__name__)
 StageFactory = Callable[[ModelConfig, int], nn.Module]
 
 
@@ -31,6 +33,24 @@ def build_stage(config: ModelConfig, stage: int, *, seed: int) -> nn.Module:
     module = _factory(config.factory)(config, stage)
     initialise(module, config, seed)
     return module
+
+
+def stage_costs(config: ModelConfig) -> list[float]:
+    """Multiply-adds per token of every stage, going forward: the values of its matrices.
+
+    All equal for a model of the user's own whose modules cannot be built without memory.
+    """
+    try:
+        with torch.device("meta"):
+            return [_multiply_adds(_factory(config.factory)(config, stage)) for stage in range(config.stages)]
+    except (RuntimeError, NotImplementedError) as error:
+        log.info("the costs of stages are unknown (%s): all count alike", error)
+        return [1.0] * config.stages
+
+
+def _multiply_adds(module: nn.Module) -> float:
+    own = (each.parameters(recurse=False) for each in module.modules() if not isinstance(each, nn.Embedding))
+    return float(max(1, sum(p.numel() for parameters in own for p in parameters if p.ndim > 1)))
 
 
 def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:
