@@ -50,6 +50,10 @@ class ButterflyAllReduce:
         """Begin to answer the members of rounds that this peer takes part in."""
         await self.network.serve(SERVICE, self._serve, max_payload_bytes=self.max_payload_bytes)
 
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self.network.unserve(SERVICE)
+
     def meet(self, round_: Round, means: Means) -> "OpenRound":
         """Open a round: call the others, and answer them. Raises RoundAbandonedError if it was open."""
         slot = self._slot(round_.name)

@@ -122,7 +122,7 @@ class Averager:
 
     def close(self) -> None:
         """Close the kept streams."""
-        self._participant.coordinator.close()
+        self._participant.close()
 
 
 class _Given:

@@ -116,6 +116,11 @@ class Coordinator:
         await self._network.serve(QUERY_SERVICE, serve_queries)
 
     def close(self) -> None:
+        """Answer nobody any more; ballots that are open here end."""
+        self._network.unserve(STEP_SERVICE)
+        self._network.unserve(QUERY_SERVICE)
+        for ballot in list(self._ballots):
+            self._end(ballot)
         self._queries.close()
 
     @property

@@ -58,6 +58,8 @@ class HivemindNetwork:
         self._windows: dict[PeerId, Window] = {}
         self._reached: dict[PeerId, set[Host]] = {}  # where the daemon has been connected with each
         self._handlers: dict[str, tuple[Handler, int]] = {}  # of each service, and its largest payload
+        self._known: set[str] = set()  # services that the daemon has been told of
+        self._answered: dict[str, set[FramedStream]] = {}  # open streams to each service
         self._listener, self._paths = DirectListener(self._answer), DirectPaths()
         self._looking: set[asyncio.Task[None]] = set()
 
@@ -191,11 +193,20 @@ class HivemindNetwork:
     async def serve(self, service: str, handler: Handler, *, max_payload_bytes: int = 0) -> None:
         await self._loopback.serve(service, handler, max_payload_bytes=max_payload_bytes)
         self._handlers[service] = handler, max_payload_bytes
+        if service in self._known:
+            return
+        self._known.add(service)
 
         async def answer(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await self._answer(info.peer_id.to_base58(), service, reader, writer)
 
         await self._p2p.add_binary_stream_handler(_protocol_name(service), answer)
+
+    def unserve(self, service: str) -> None:
+        self._loopback.unserve(service)
+        self._handlers.pop(service, None)
+        for stream in self._answered.pop(service, ()):
+            stream.abort()
 
     async def _answer(
         self, remote: PeerId, service: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -210,6 +221,7 @@ class HivemindNetwork:
             return writer.transport.close()
         self._served[remote] += 1
         stream = self._framed(remote, reader, writer, max_payload_bytes)
+        self._answered.setdefault(service, set()).add(stream)
         writer.transport.write(GREETING.pack(MAGIC, PROTOCOL_VERSION))
         asyncio.get_running_loop().call_later(FIRST_FRAME_S, stream.abort_if_silent)
         try:
@@ -218,6 +230,7 @@ class HivemindNetwork:
             pass  # the other end went away: its own business
         finally:
             self._served -= Counter((remote,))
+            self._answered.get(service, set()).discard(stream)
             stream.abort_unless_finished()
 
     def _framed(

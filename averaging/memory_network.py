@@ -244,6 +244,11 @@ class MemoryHub:
         self._streams.setdefault(target.peer_id, {})[far] = None
         return near, far
 
+    def streams_to(self, peer: PeerId, service: str) -> list[MemoryStream]:
+        """Those that `peer` answers."""
+        own = self._streams.get(peer, {})
+        return [stream for stream in own if stream._service == service and not stream.from_dialer]
+
     def closed(self, stream: MemoryStream) -> None:
         self._streams.get(stream._local, {}).pop(stream, None)
 
@@ -285,15 +290,20 @@ class MemoryNetwork:
     async def serve(self, service: str, handler: Handler, *, max_payload_bytes: int = 0) -> None:
         self.services[service] = (handler, max_payload_bytes)
 
+    def unserve(self, service: str) -> None:
+        self.services.pop(service, None)
+        for stream in self._hub.streams_to(self.peer_id, service):
+            stream.abort()
+
     def start(self, stream: MemoryStream, service: str) -> None:
         """Run the handler of `service` on the listening end of a new stream."""
-        task = asyncio.ensure_future(self._handle(stream, service))
+        task = asyncio.ensure_future(self._handle(stream, self.services[service][0]))
         self._tasks[task] = None
         task.add_done_callback(self._ended)
 
-    async def _handle(self, stream: MemoryStream, service: str) -> None:
+    async def _handle(self, stream: MemoryStream, handler: Handler) -> None:
         try:
-            await self.services[service][0](stream)
+            await handler(stream)
         except LinkError:
             pass  # the other end went away: its own business
         finally:

@@ -86,8 +86,38 @@ class Network(Protocol):
 
     async def serve(self, service: str, handler: Handler, *, max_payload_bytes: int = 0) -> None:
         """Answer streams to `service`: `handler` runs as a task per stream; a stream that it has not
-        finished is aborted when it returns."""
+        finished is aborted when it returns. Takes the place of an earlier handler for new streams."""
         ...
+
+    def unserve(self, service: str) -> None:
+        """Answer no more: abort the streams to `service`, too. No-op if it is not served."""
+        ...
+
+
+class Scoped:
+    """A network whose services are apart from those of other scopes: what has left one answers no more there.
+
+    Satisfies `Network`.
+    """
+
+    def __init__(self, network: Network, scope: str) -> None:
+        self._network, self._scope = network, scope
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self._network.peer_id
+
+    async def open(self, peer: PeerId, service: str, *, max_payload_bytes: int = 0) -> Stream:
+        return await self._network.open(peer, self._name(service), max_payload_bytes=max_payload_bytes)
+
+    async def serve(self, service: str, handler: Handler, *, max_payload_bytes: int = 0) -> None:
+        await self._network.serve(self._name(service), handler, max_payload_bytes=max_payload_bytes)
+
+    def unserve(self, service: str) -> None:
+        self._network.unserve(self._name(service))
+
+    def _name(self, service: str) -> str:
+        return f"{service}/{self._scope}"
 
 
 @contextlib.asynccontextmanager

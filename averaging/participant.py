@@ -147,6 +147,11 @@ class Participant:
         await self._all_reduce.start()
         await self.coordinator.start()
 
+    def close(self) -> None:
+        """Take no part any more."""
+        self._all_reduce.close()
+        self.coordinator.close()
+
     async def close_step(self, contributor: Contributor) -> Mean:
         """Take part until the step after `version()` is closed; the mean is for the caller to apply.
 

@@ -13,19 +13,25 @@ MOST = 10.0  # nobody counts as more than so many times as fast as usual, whatev
 
 
 def seats_of(rosters: Sequence[Sequence[PeerRecord]]) -> list[Seat]:
-    """All peers with a device; who has not measured itself yet counts as usual."""
-    records = [record for roster in rosters for record in roster if not record.aggregates_only]
+    """All peers with a device; who has not measured itself yet counts as usual.
+
+    One that has just moved may stand on two rosters: what it announced last holds.
+    """
+    announced = sorted((record for roster in rosters for record in roster), key=lambda r: r.announced_s)
+    last = {record.peer: record for record in announced}
+    records = [record for record in last.values() if not record.aggregates_only]
     known = [record.speed for record in records if record.speed > 0]
     usual = median(known) if known else 1.0
-    return [
-        Seat(
-            record.peer,
-            record.stage,
-            min(record.speed or usual, MOST * usual),
-            Doing.LOADS if record.loading else Doing.SERVES,
-        )
-        for record in records
-    ]
+    return [_seat(record, min(record.speed or usual, MOST * usual), len(rosters)) for record in records]
+
+
+def _seat(record: PeerRecord, speed: float, stages: int) -> Seat:
+    if record.heading is not None and record.heading < stages:
+        return Seat(record.peer, record.heading, speed, Doing.MOVES)
+    doing = Doing.LOADS if record.loading else Doing.SERVES
+    if record.fixed:
+        doing = Doing.MOVES if record.loading else Doing.STAYS
+    return Seat(record.peer, record.stage, speed, doing)
 
 
 def choose_stage(rosters: Sequence[Sequence[PeerRecord]], costs: Sequence[float]) -> tuple[int, str]:

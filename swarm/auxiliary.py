@@ -27,6 +27,7 @@ from swarm.config import RunConfig
 from swarm.directory import Directory
 from swarm.membership import Membership
 from swarm.records import MAX_ADDRESSES, PeerRecord
+from swarm.scope import at_stage
 from swarm.update import step_rules
 
 PAUSE_S = 0.2
@@ -65,8 +66,8 @@ class Auxiliary:
         )
         rules = step_rules(config)
         self._participant = Participant(
-            network=network,
-            all_reduce=ButterflyAllReduce(network, rules=rules, uplink=self._uplink),
+            network=(mates := at_stage(network, stage)),
+            all_reduce=ButterflyAllReduce(mates, rules=rules, uplink=self._uplink),
             rules=rules,
             name=f"{run}/{stage}",
             roster=self.membership.others.keys,
@@ -108,7 +109,7 @@ class Auxiliary:
         steps, sent_bytes = self.counters["assisted_steps"], self.counters["averaging_bytes"]
         log.info("leaving: reduced in %d steps, sent %.1f MB", steps, sent_bytes / 1e6)
         await self.membership.withdraw()
-        self._participant.coordinator.close()
+        self._participant.close()
 
     def metrics(self) -> Mapping[str, Any]:
         """Cumulative counters and the present state, by metric name."""

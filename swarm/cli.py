@@ -75,7 +75,7 @@ def run(
 def peer(
     join: Join,
     stage: Annotated[
-        str, typer.Option(help="Stage to serve, or auto: the one that lacks throughput.")
+        str, typer.Option(help="Stage to serve, or auto: the one that needs it most, whenever that changes.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto.")] = "auto",
     name: Annotated[str, typer.Option(help="Shown in the organizer's table.")] = "",

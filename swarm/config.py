@@ -170,6 +170,18 @@ class NetworkConfig(_Section):
     )
 
 
+class RebalancingConfig(_Section):
+    """Peers that may serve any stage move to where the run needs them most."""
+
+    rule: Literal["best", "paper", "none"] = Field(
+        "best", description="best: whoever makes the weakest stage strongest; paper: SWARM's own rule"
+    )
+    period_s: Seconds = Field(10.0, description="about how often a peer looks at all stages")
+    worth: float = Field(
+        0.5, ge=0, description="what the run must gain for a move, as a part of what the mover computes"
+    )
+
+
 class MonitorConfig(_Section):
     wandb: Literal["offline", "online", "disabled"] = Field("offline", description="mode of Weights & Biases")
     project: str = Field("swarm", description="W&B project")
@@ -198,6 +210,7 @@ class RunConfig(_Section):
     pipeline: PipelineConfig = PipelineConfig()
     averaging: AveragingConfig = AveragingConfig()
     network: NetworkConfig = NetworkConfig()
+    rebalancing: RebalancingConfig = RebalancingConfig()
     monitor: MonitorConfig = MonitorConfig()
     local: LocalConfig | None = None
 

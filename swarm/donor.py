@@ -89,6 +89,10 @@ class Donor:
     async def start(self) -> None:
         await self._network.serve(SERVICE, self._serve)
 
+    def close(self) -> None:
+        """Give nothing any more."""
+        self._network.unserve(SERVICE)
+
     def keep(self, step: int, mean: torch.Tensor, microbatches: Collection[bytes]) -> None:
         """The mean gradient [values] of a closed step, for those who hold on to this donor."""
         if self._leases:

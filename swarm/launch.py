@@ -80,9 +80,11 @@ class LocalRun:
             number = str(self._numbers["trainer"])
             await self._start("trainer", None, ["trainers.cli", "trainer", "--number", number, *bound])
 
-    async def start_peer(self, stage: int) -> Child:
+    async def start_peer(self, stage: int | None) -> Child:
+        """One of `stage`; None: of whichever needs it."""
         local = self._config.local or LocalConfig()
-        arguments = ["swarm.cli", "--stage", str(stage), "--threads", str(local.threads)]
+        chosen = "auto" if stage is None else str(stage)
+        arguments = ["swarm.cli", "--stage", chosen, "--threads", str(local.threads)]
         arguments += ["--name", f"peer-{self._numbers['peer']}", *(["--verbose"] if self._verbose else [])]
         return await self._start("peer", stage, arguments)
 

@@ -32,6 +32,7 @@ class Membership:
         self._directory, self._own = directory, own
         self._progress, self._period_s = progress, period_s
         self.loading = False  # announced only for others who look for a stage
+        self.heading: int | None = None  # the stage that this peer is about to move to
         self.others: dict[PeerId, PeerRecord] = {}  # those who do not load, as of the last `read`
 
     def auxiliaries(self) -> list[PeerId]:
@@ -76,5 +77,5 @@ class Membership:
 
     def _record(self) -> PeerRecord:
         version, speed = (0, 0.0) if self.loading else self._progress()
-        now = {"version": version, "speed": speed, "loading": self.loading, "announced_s": time.time()}
-        return self._own.model_copy(update=now)
+        now = {"version": version, "speed": speed, "loading": self.loading, "heading": self.heading}
+        return self._own.model_copy(update=now | {"announced_s": time.time()})

@@ -30,7 +30,9 @@ from swarm.donor import Donor
 from swarm.membership import Membership
 from swarm.model import build_stage, stage_costs
 from swarm.records import MAX_ADDRESSES, PeerRecord
+from swarm.scope import at_stage
 from swarm.server import HopServer
+from swarm.speed import SpeedMeter
 from swarm.stage import Stage
 from swarm.state import Loading, StateLoader
 from swarm.update import AppliedStep, Updater
@@ -54,6 +56,7 @@ class Peer:
         stage: int,
         device: str = "cpu",
         name: str = "",
+        fixed: bool = False,
         addresses: tuple[str, ...] = (),
         uplink: UplinkMeter | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -61,18 +64,23 @@ class Peer:
         on_step: Callable[[AppliedStep], None] = lambda done: None,
         on_loading: Callable[[Loading], None] = lambda loading: None,
     ) -> None:
-        self._network, self._compute, self.config = network, compute, config
+        """`fixed`: it stays in its stage, whatever happens."""
+        self._everybody, self._network = network, at_stage(network, stage)
+        self._compute, self.config = compute, config
         self._run, self._stage_number, self._device, self._name = run, stage, device, name
-        self._cost = stage_costs(config.model)[stage]
         self._clock, self._on_step, self._on_loading = clock, on_step, on_loading
         self._uplink = uplink or UplinkMeter()
         self._rng = rng or random.SystemRandom()
         addresses = addresses[:MAX_ADDRESSES]
-        record = PeerRecord(peer=network.peer_id, stage=stage, addresses=addresses, name=name)
+        peer = network.peer_id
+        record = PeerRecord(peer=peer, stage=stage, addresses=addresses, name=name, fixed=fixed)
         self.membership = Membership(
             directory, record, progress=self._progress, period_s=config.network.announce_s
         )
-        self._seen, self._tokens_per_s, self._speed = (0.0, clock(), 0.0), 0.0, 0.0
+        self._seen, self._tokens_per_s = (0.0, clock()), 0.0
+        self._speed = SpeedMeter(stage_costs(config.model)[stage])
+        self._busy_before_s = compute.busy_s
+        self._has_stepped = asyncio.Event()
         self._join_s = 0.0  # from asking for the state to the first microbatch that counted here
 
     async def join(self) -> None:
@@ -81,16 +89,16 @@ class Peer:
         await self.membership.enter()
         loading = asyncio.create_task(self.membership.keep())
         try:
-            await self._prepare()
+            await self.prepare()
         finally:
             loading.cancel()
-        await self._serve()
+        await self.serve()
 
-    async def _prepare(self) -> None:
-        """Build the stage and load its state."""
+    async def prepare(self) -> None:
+        """Build the stage and load its state; nobody notices yet."""
         self.stage: Stage = await between_hops(self._compute, self._build)
         self.server = HopServer(
-            network=self._network,
+            network=self._everybody,
             stage=self.stage,
             compute=self._compute,
             config=self.config,
@@ -127,16 +135,19 @@ class Peer:
             replay=self.updater.replay,
             on_loading=self._on_loading,
         )
-        await self._donor.start()
         self.server.on_progress = self._progressed
         self._asked_s = self._clock()
         while not await self._has_state():
             log.info("trying again to get a state of stage %d", self._stage_number)
 
-    async def _serve(self) -> None:
+    async def serve(self) -> None:
+        """Answer others, and be found: hops may come from now on."""
+        self._busy_before_s = self._compute.busy_s
+        await self._loader.follow()
         self.server.announced_version = self.stage.version
         await self.server.start()
         await self.updater.start()
+        await self._donor.start()
         self._donor.available = True
         self.membership.loading = False
         await self.membership.enter()
@@ -165,17 +176,25 @@ class Peer:
 
     async def leave(self) -> None:
         """Withdraw, refuse new hops, let trainers and stage mates know."""
+        if not hasattr(self, "server"):  # it never came to that
+            return await self.membership.withdraw()
         self.server.draining = True
         await self.membership.withdraw()
         await self.server.say_goodbye()
         self.close()
 
+    async def stepped(self) -> None:
+        """Wait for the next step that this peer takes."""
+        self._has_stepped.clear()
+        await self._has_stepped.wait()
+
     def close(self) -> None:
-        """Stop at once."""
-        self._loader.release()
-        self.server.close()
-        self.updater.close()
-        self._compute.close()
+        """Stop at once; the compute thread is its owner's."""
+        if hasattr(self, "_loader"):
+            self._loader.release()
+            self._donor.close()
+            self.server.close()
+            self.updater.close()
 
     def metrics(self) -> Mapping[str, Any]:
         """Cumulative counters and the present state, by metric name."""
@@ -205,15 +224,13 @@ class Peer:
         )
 
     def _progress(self) -> tuple[int, float]:
-        """The version, and multiply-adds per second while this peer computes; both rates are smoothed."""
-        now = float(self.server.counters["tokens"]), self._clock(), self._compute.busy_s
-        tokens, passed_s, busy_s = (new - old for new, old in zip(now, self._seen, strict=True))
-        self._seen = now
-        self._tokens_per_s += SMOOTHING * (tokens / max(1e-6, passed_s) - self._tokens_per_s)
-        if tokens and busy_s > 0:
-            speed = tokens / busy_s * self._cost
-            self._speed = self._speed + SMOOTHING * (speed - self._speed) if self._speed else speed
-        return self.stage.version, self._speed
+        """The version, and multiply-adds per second while this peer computes."""
+        tokens, now_s = float(self.server.counters["tokens"]), self._clock()
+        (tokens_before, before_s), self._seen = self._seen, (tokens, now_s)
+        rate = (tokens - tokens_before) / max(1e-6, now_s - before_s)
+        self._tokens_per_s += SMOOTHING * (rate - self._tokens_per_s)
+        self._speed.observe(tokens, self._compute.busy_s - self._busy_before_s)
+        return self.stage.version, self._speed.announced
 
     async def _refetch(self, error: BehindError | None) -> bool:
         """The stage has gone on without this peer: replay its steps, or load what it has become."""
@@ -247,4 +264,5 @@ class Peer:
 
     def _stepped(self, done: AppliedStep) -> None:
         self._loader.release()  # whoever takes steps with the others has what it needs
+        self._has_stepped.set()
         self._on_step(done)

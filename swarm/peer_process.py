@@ -1,7 +1,9 @@
 """The process of one peer: join the network, learn the run, serve a stage, leave on a signal."""
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -9,21 +11,20 @@ from typing import TypedDict
 import torch
 
 from averaging.bandwidth import BYTES_PER_MEGABIT, UplinkMeter
-from averaging.errors import LinkError
 from averaging.network import Network
 from swarm.allocator import keep_freed_memory
-from swarm.assignment import choose_assisted, choose_stage
+from swarm.assignment import choose_assisted
 from swarm.auxiliary import Auxiliary
 from swarm.compute import ComputeThread, spread_over
 from swarm.config import RunConfig
 from swarm.directory import Directory
-from swarm.errors import NoAnswerError, UserError
+from swarm.errors import UserError
 from swarm.loading import shown_loading
+from swarm.manifest import Manifest
 from swarm.metrics import MetricsSender
-from swarm.model import stage_costs
 from swarm.peer import Peer
-from swarm.process import best_address, joined, watch_daemon
-from swarm.records import PeerRecord
+from swarm.process import Joined, best_address, joined, watch_daemon
+from swarm.volunteer import Volunteer, all_rosters
 
 log = logging.getLogger(__name__)
 
@@ -53,48 +54,67 @@ async def serve(options: PeerOptions) -> int:
     ) as here:
         manifest = await here.directory.manifest()
         config = manifest.config
-        stage = options.stage
-        if stage is None:
-            rosters = await _rosters(here.directory, config.model.stages)
-            if options.aggregate_only:
-                stage, reason = choose_assisted(rosters)
-            else:
-                stage, reason = choose_stage(rosters, stage_costs(config.model))
-            log.info("stage %d: %s", stage, reason)
-        elif stage >= config.model.stages:
+        if options.stage is not None and options.stage >= config.model.stages:
             raise UserError(
-                f"--stage {stage} is out of range: the run has stages 0 to {config.model.stages - 1}"
+                f"--stage {options.stage} is out of range: the run has stages 0 to {config.model.stages - 1}"
             )
         place: _Place = {
             "network": here.network,
             "directory": here.directory,
             "config": config,
             "run": manifest.run,
-            "stage": stage,
             "name": options.name,
             "addresses": here.addresses,
             "uplink": UplinkMeter(options.bandwidth * BYTES_PER_MEGABIT),
         }
-        peer: Peer | Auxiliary
-        work = f"averaging for stage {stage}" if options.aggregate_only else f"stage {stage} on {device}"
+        work = "averaging for others" if options.aggregate_only else f"serving on {device}"
         log.info("run %s (%s), %s", config.name, manifest.run, work)
-        with shown_loading() as show:
+        peer: Volunteer | Auxiliary
+        with contextlib.ExitStack() as compute_open, contextlib.ExitStack() as bar:
             if options.aggregate_only:
-                peer = Auxiliary(**place)
+                stage = await _assisted_stage(options.stage, here.directory, config)
+                peer = Auxiliary(**place, stage=stage)
             else:
-                peer = Peer(**place, compute=ComputeThread(threads), device=device, on_loading=show)
-            await peer.join()
+                show, compute = bar.enter_context(shown_loading()), ComputeThread(threads)
+                compute_open.callback(compute.close)
+
+                def make_peer(stage: int) -> Peer:
+                    return Peer(
+                        **place,
+                        stage=stage,
+                        fixed=options.stage is not None,
+                        compute=compute,
+                        device=device,
+                        on_loading=show,
+                    )
+
+                peer = Volunteer(
+                    me=here.network.peer_id,
+                    directory=here.directory,
+                    config=config,
+                    make_peer=make_peer,
+                    stage=options.stage,
+                )
+            await _take_part(peer, here, manifest, on_joined=bar.close)
+    return 0
+
+
+async def _take_part(
+    peer: Volunteer | Auxiliary, here: Joined, manifest: Manifest, *, on_joined: Callable[[], None]
+) -> None:
+    """Join, and serve until cancelled; leave in any case."""
+    try:
+        await peer.join()
+        on_joined()
         log.info("others may also join through %s", best_address(here.addresses))
         sender = MetricsSender(here.network, manifest.organizer, kind="peer", values=peer.metrics)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(peer.run())
-                tasks.create_task(sender.run(config.monitor.period_s))
-                tasks.create_task(watch_daemon(here.network))
-        finally:
-            log.info("leaving")
-            await asyncio.shield(peer.leave())
-    return 0
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(peer.run())
+            tasks.create_task(sender.run(manifest.config.monitor.period_s))
+            tasks.create_task(watch_daemon(here.network))
+    finally:
+        log.info("leaving")
+        await asyncio.shield(peer.leave())
 
 
 class _Place(TypedDict):
@@ -104,19 +124,16 @@ class _Place(TypedDict):
     directory: Directory
     config: RunConfig
     run: str
-    stage: int
     name: str
     addresses: tuple[str, ...]
     uplink: UplinkMeter
 
 
-async def _rosters(directory: Directory, stages: int) -> list[list[PeerRecord]]:
-    try:
-        return [await directory.roster(number) for number in range(stages)]
-    except LinkError as error:
-        raise NoAnswerError(
-            f"cannot read who serves which stage ({error}): try again, or name one with --stage"
-        ) from None
+async def _assisted_stage(stage: int | None, directory: Directory, config: RunConfig) -> int:
+    if stage is None:
+        stage, reason = choose_assisted(await all_rosters(directory, config.model.stages))
+        log.info("stage %d: %s", stage, reason)
+    return stage
 
 
 def _device(name: str) -> str:

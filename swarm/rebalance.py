@@ -6,7 +6,7 @@ it goes. Everybody who has the same records comes to the same moves, and carries
     again and again give the weakest stage the peer with which the weaker of both stages ends strongest,
         of equally good ones a newcomer that is still loading its state, as it loses least
     stop when nothing makes the weakest stage stronger; what came after its last gain is not done
-    do nothing of it for a gain of less than `least_gain`
+    do nothing of it unless the pipeline gains more than it costs to move
 
 No stage loses the last peer that serves it. `papers_moves` is SWARM's own rule, for comparison.
 
@@ -27,8 +27,9 @@ class Doing(Enum):
     """What a peer is about."""
 
     SERVES = "serves"
+    STAYS = "stays"  # serves, and nobody may move it
     LOADS = "loads"  # a newcomer: its state is still coming
-    MOVES = "moves"  # serves its old stage while the state of this one comes
+    MOVES = "moves"  # on its way here, and nobody may send it elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class _Pool:
 
     cost: float
     capacity: float = 0.0
+    stay: int = 0  # how many serve it and may not be moved
     loading: list[Seat] = field(default_factory=list)
     serving: list[Seat] = field(default_factory=list)
 
@@ -87,7 +89,8 @@ class _Pool:
     def offers(self, weakest: "_Pool") -> Iterable[tuple[float, bool, Seat]]:
         """Who might go: (the weaker of both stages then, is it still loading, who)."""
         even = (self.capacity - weakest.capacity) / (1 / self.cost + 1 / weakest.cost)
-        for seats, loading in ((self.loading, True), (self.serving[:-1] and self.serving, False)):
+        able = self.serving if self.stay + len(self.serving) > 1 else []
+        for seats, loading in ((self.loading, True), (able, False)):
             at = bisect_right(seats, even, key=lambda seat: seat.speed)
             for seat in seats[max(0, at - 1) : at + 1]:
                 left = self.capacity - seat.speed / self.cost
@@ -98,38 +101,47 @@ class _Pool:
         self.capacity -= seat.speed / self.cost
 
 
-def best_moves(seats: Iterable[Seat], costs: Sequence[float], *, least_gain: float = 0.01) -> Rebalancing:
+def best_moves(seats: Iterable[Seat], costs: Sequence[float], *, worth: float = 0.5) -> Rebalancing:
     """The moves that make the weakest stage strongest.
 
     Args:
         costs: of a token in every stage, in any unit.
-        least_gain: relative gain of the weakest stage below which it stays as it is.
+        worth: so much of what its movers compute the whole pipeline must gain for a move to be made.
     """
     pools = [_Pool(cost) for cost in costs]
     for seat in seats:
         pool = pools[seat.stage]
         pool.capacity += seat.speed / pool.cost
-        if seat.doing is not Doing.MOVES:
-            (pool.loading if seat.doing is Doing.LOADS else pool.serving).append(seat)
+        match seat.doing:
+            case Doing.LOADS:
+                pool.loading.append(seat)
+            case Doing.SERVES:
+                pool.serving.append(seat)
+            case Doing.STAYS:
+                pool.stay += 1
     for pool in pools:
         pool.sort()
     before = best = min(pool.capacity for pool in pools)
     moves: list[Move] = []
+    moved = moved_usefully = 0.0
     useful = 0
-    while (move := _next_move(pools)) is not None:
+    while (found := _next_move(pools)) is not None:
+        seat, move = found
         moves.append(move)
+        moved += seat.speed
         if (weakest := min(pool.capacity for pool in pools)) > best * (1 + NEGLIGIBLE):
-            best, useful = weakest, len(moves)
+            best, useful, moved_usefully = weakest, len(moves), moved
     if not useful:
         return Rebalancing((), "no move makes the weakest stage stronger")
-    gain = best / before - 1 if before > 0 else float("inf")
-    if gain < least_gain:
-        return Rebalancing((), f"{useful} moves would gain {gain:.1%} only")
-    return Rebalancing(tuple(moves[:useful]), f"the weakest stage gains {gain:.0%} with {useful} moves")
+    gain = f"{best / before - 1:.1%}" if before > 0 else "all"
+    # A token costs the pipeline the sum of its costs: that much of its peers' speeds is used better.
+    if before > 0 and (best - before) * sum(costs) < worth * moved_usefully:
+        return Rebalancing((), f"{useful} moves would gain {gain} only")
+    return Rebalancing(tuple(moves[:useful]), f"the weakest stage gains {gain} with {useful} moves")
 
 
-def _next_move(pools: Sequence[_Pool]) -> Move | None:
-    """The best for the weakest stage, carried out in `pools`."""
+def _next_move(pools: Sequence[_Pool]) -> tuple[Seat, Move] | None:
+    """The best for the weakest stage, carried out in `pools`; and who moves."""
     target = min(range(len(pools)), key=lambda stage: (pools[stage].capacity, stage))
     weakest = pools[target]
     found: tuple[float, bool, int, Seat] | None = None
@@ -144,7 +156,7 @@ def _next_move(pools: Sequence[_Pool]) -> Move | None:
     _, _, source, seat = found
     pools[source].give(seat)
     weakest.capacity += seat.speed / weakest.cost
-    return Move(seat.peer, source, target)
+    return seat, Move(seat.peer, source, target)
 
 
 def _is_better(offer: tuple[float, bool], than: tuple[float, bool, int, Seat]) -> bool:
@@ -160,9 +172,11 @@ def papers_moves(seats: Iterable[Seat], costs: Sequence[float]) -> Rebalancing:
     total = capacities(seats, costs)
     order = sorted(range(len(costs)), key=lambda stage: (total[stage], stage))
     weakest, strongest = order[0], order[-1]
-    serving = [seat for seat in seats if seat.stage == strongest and seat.doing is Doing.SERVES]
-    if len(serving) < 2 or total[weakest] == total[strongest]:
-        return Rebalancing((), "all stages are equally strong")
+    here = [seat for seat in seats if seat.stage == strongest]
+    serving = [seat for seat in here if seat.doing is Doing.SERVES]
+    staying = sum(seat.doing is Doing.STAYS for seat in here)
+    if not serving or len(serving) + staying < 2 or total[weakest] == total[strongest]:
+        return Rebalancing((), "all stages are equally strong, or nobody can go")
     mover = min(serving, key=lambda seat: (seat.load, seat.speed, seat.peer))
     left = total[strongest] - mover.speed / costs[strongest]
     if min(left, total[weakest] + mover.speed / costs[weakest]) <= total[weakest]:

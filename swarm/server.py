@@ -41,10 +41,11 @@ from swarm.messages import (
     parse_route,
     reply,
 )
+from swarm.scope import at_stage
 from swarm.stage import Accumulator, Stage
 from swarm.watch import Session, Watchers
 
-SERVICE = "hop"
+SERVICE = "hop"  # of every stage
 EVERY_ATTEMPT = 2**32 - 1
 MAX_CANCELLED = 256  # microbatches in one request
 log = logging.getLogger(__name__)
@@ -67,13 +68,15 @@ class HopServer:
         config: RunConfig,
         clock: Callable[[], float],
     ) -> None:
-        self._network, self._stage, self._compute, self._config = network, stage, compute, config
+        """`network` is everybody's, not only the stage's: tensors go to its neighbours."""
+        self._network, self._stage = at_stage(network, stage.stage), stage
+        self._compute, self._config = compute, config
         per_step = -(-config.training.target_batch_tokens // config.training.microbatch_tokens)
         self.mailbox = Mailbox(
             capacity=config.pipeline.queue, retained=8 * config.pipeline.queue + 4 * per_step
         )
         self.watchers = Watchers(
-            network,
+            self._network,
             config.network,
             clock=clock,
             status=lambda: (compute.queued, self.announced_version),
@@ -81,7 +84,10 @@ class HopServer:
             on_end=self._forget_session,
         )
         self._codec = CODECS[config.pipeline.codec]
-        self._calls = Calls(network, SERVICE, deadline_s=config.averaging.progress_deadline_s)
+        deadline_s = config.averaging.progress_deadline_s
+        before, after = (at_stage(network, stage.stage + way) for way in (-1, 1))
+        self._calls_before = Calls(before, SERVICE, deadline_s=deadline_s)
+        self._calls_after = Calls(after, SERVICE, deadline_s=deadline_s)
         self._pushes: dict[asyncio.Task[None], None] = {}
         self.counters: Counter[str] = Counter()  # cumulative, by metric name
         self._jobs = HopJobs(stage, config, self.counters, may_accumulate=self._may_accumulate)
@@ -105,9 +111,13 @@ class HopServer:
         await self.watchers.say_goodbye()
 
     def close(self) -> None:
+        """Answer nobody any more."""
+        self._network.unserve(SERVICE)
+        self.watchers.close()
         for task in list(self._pushes):
             task.cancel()
-        self._calls.close()
+        self._calls_before.close()
+        self._calls_after.close()
 
     # requests
 
@@ -476,7 +486,8 @@ class HopServer:
         )
         target = self._target(route, backward)
         try:
-            answered = await self._calls.call(target, push.pack(), sent.data)
+            calls = self._calls_before if backward else self._calls_after
+            answered = await calls.call(target, push.pack(), sent.data)
             parsed = parse_reply(target, answered.header)
         except (LinkError, RejectedError) as error:
             return pb.LINK, str(error)

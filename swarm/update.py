@@ -125,7 +125,7 @@ class Updater:
         await self.participant.start()
 
     def close(self) -> None:
-        self.participant.coordinator.close()
+        self.participant.close()
 
     async def run(self) -> None:
         """Close one step after the other, for ever."""

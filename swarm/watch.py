@@ -68,6 +68,10 @@ class Watchers:
     async def start(self) -> None:
         await self._network.serve(SERVICE, self._watch)
 
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._network.unserve(SERVICE)
+
     def session(self, trainer: PeerId, key: bytes) -> Session | None:
         return self._sessions.get((trainer, key))
 

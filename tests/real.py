@@ -19,6 +19,7 @@ from swarm.launch import Child, LocalRun
 from swarm.manifest import pack_manifest
 from swarm.model import build_stage
 from swarm.process import Joined, joined
+from swarm.scope import at_stage
 from swarm.stage import Stage
 from swarm.state import StateLoader
 from trainers.trainer import Trainer
@@ -37,8 +38,8 @@ class RealSwarm:
     def peers(self) -> list[Child]:
         return self.local.children
 
-    async def start_peer(self, stage: int) -> None:
-        await self.local.start_peer(stage)
+    async def start_peer(self, stage: int | None) -> Child:
+        return await self.local.start_peer(stage)
 
     def living(self, stage: int | None = None) -> list[Child]:
         return [p for p in self.peers if p.running and is_serving(p) and (stage is None or p.stage == stage)]
@@ -66,7 +67,7 @@ class RealSwarm:
         module = build_stage(self.config.model, stage, seed=self.config.training.seed)
         copy = Stage(module, self.config.training, stage=stage, stages=self.config.model.stages)
         compute = ComputeThread(1)
-        loader = StateLoader(self.here.network, copy, compute, replay=copy.replay)
+        loader = StateLoader(at_stage(self.here.network, stage), copy, compute, replay=copy.replay)
         try:
             loaded = await loader.load([peer])
         except AveragingError:

@@ -141,7 +141,7 @@ class Schedule:
         if self.rng.random() >= self.trouble:
             return "deliver"
         fate = self.rng.choice(["break_before", "break_after", "twice"])
-        if fate == "twice" and (service != "hop" or not request):
+        if fate == "twice" and (not service.startswith("hop/") or not request):
             return "deliver"
         self.faults[fate] += 1
         return fate

@@ -7,20 +7,22 @@ import itertools
 import logging
 import random
 from collections import Counter
+from collections.abc import Coroutine
 from dataclasses import dataclass
 
 import torch
 
 from averaging.memory_network import Link, MemoryHub
-from averaging.network import PeerId
+from averaging.network import Network, PeerId
 from swarm.auxiliary import Auxiliary
-from swarm.compute import Priority, VirtualCompute
+from swarm.compute import Compute, Priority, VirtualCompute
 from swarm.config import RunConfig, parse_run
 from swarm.directory import MemoryDirectory
 from swarm.messages import pack_tokens
 from swarm.peer import Peer
 from swarm.stage import Accumulator
 from swarm.update import AppliedStep
+from swarm.volunteer import Volunteer
 from trainers import events as ev
 from trainers.pipeline import Pipeline
 
@@ -54,6 +56,24 @@ class SimPeer:
     compute: VirtualCompute
 
 
+@dataclass(slots=True)
+class SimVolunteer:
+    """As a `SimPeer`, of whichever stage it serves at the moment."""
+
+    id: PeerId
+    volunteer: Volunteer
+    task: "asyncio.Task[None]"
+    compute: VirtualCompute
+
+    @property
+    def stage(self) -> int:
+        return self.volunteer.stage
+
+    @property
+    def peer(self) -> Peer:
+        return self.volunteer.peer
+
+
 class Sim:
     """One in-memory swarm: peers come and go, one trainer, a log of who accumulated what."""
 
@@ -64,10 +84,11 @@ class Sim:
         self.directory = MemoryDirectory(self.clock, config.network.expire_s)
         self.compute_s, self.latency_s = compute_s, latency_s
         self.hub.link = lambda a, b: Link(latency_s=self.latency_s)
-        self.peers: dict[PeerId, SimPeer] = {}
+        self.peers: dict[PeerId, SimPeer | SimVolunteer] = {}
         self.auxiliaries: dict[PeerId, asyncio.Task[None]] = {}
         self.names = itertools.count()
-        self.contributed: dict[PeerId, dict[int, list[bytes]]] = {}  # peer -> step -> microbatches
+        # (peer, stage) -> step -> microbatches
+        self.contributed: dict[tuple[PeerId, int], dict[int, list[bytes]]] = {}
         self.parent: dict[Node, Node] = {}  # state -> the state it was stepped from
         self.contents: dict[Node, set[tuple[bytes, PeerId]]] = {}  # what that step added, from whom
         self.hashes: dict[tuple[int, int], set[bytes]] = {}  # (stage, version) -> state hashes seen
@@ -77,6 +98,7 @@ class Sim:
         self.recovered: list[ev.Recovered] = []
         self.losses: dict[bytes, float] = {}
         self.errors: list[str] = []
+        self.has_volunteers = False
         self.on_log = lambda what: None
         self.on_freeze = lambda peer: None  # it is about to average
         asyncio.get_running_loop().set_exception_handler(self._on_error)
@@ -88,12 +110,56 @@ class Sim:
 
     async def start_peer(self, stage: int) -> PeerId:
         peer_id = f"peer{next(self.names):02d}-of-stage{stage}"
-        network = self.hub.network(peer_id)
-        compute = VirtualCompute(
-            lambda priority: self.compute_s * self.rng.uniform(0.5, 1.5) if priority else 0.001,
-            stopped=lambda: peer_id in self.hub.hung,
+        compute = self._compute_of(peer_id)
+        peer = self._make_peer(self.hub.network(peer_id), compute, stage, fixed=True)
+
+        async def live() -> None:
+            await peer.join()
+            await peer.run()
+
+        task = self._start(peer_id, live())
+        self.peers[peer_id] = SimPeer(peer_id, stage, peer, task, compute)
+        return peer_id
+
+    async def start_volunteer(self) -> PeerId:
+        """A peer that chooses its stage, and moves."""
+        self.has_volunteers = True
+        peer_id = f"volunteer{next(self.names):02d}"
+        network, compute = self.hub.network(peer_id), self._compute_of(peer_id)
+        volunteer = Volunteer(
+            me=peer_id,
+            directory=self.directory,
+            config=self.config,
+            make_peer=lambda stage: self._make_peer(network, compute, stage, fixed=False),
+            rng=random.Random(peer_id),
         )
-        contributed = self.contributed[peer_id] = {}
+
+        async def live() -> None:
+            await volunteer.join()
+            await volunteer.run()
+
+        task = self._start(peer_id, live())
+        await self.until(lambda: hasattr(volunteer, "peer"))
+        self.peers[peer_id] = SimVolunteer(peer_id, volunteer, task, compute)
+        return peer_id
+
+    def _start(self, peer_id: PeerId, life: Coroutine[None, None, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(life, name=peer_id)
+        task.add_done_callback(self._peer_ended)
+        return task
+
+    def _compute_of(self, peer_id: PeerId) -> VirtualCompute:
+        def seconds(priority: Priority) -> float:
+            # The last stage has one job per microbatch, the others two: where speeds matter, all take alike.
+            known = self.peers.get(peer_id) if self.has_volunteers else None
+            jobs = 2 if known is not None and known.stage == 2 else 1
+            return jobs * self.compute_s * self.rng.uniform(0.5, 1.5) if priority else 0.001
+
+        return VirtualCompute(seconds, stopped=lambda: peer_id in self.hub.hung)
+
+    def _make_peer(self, network: Network, compute: Compute, stage: int, *, fixed: bool) -> Peer:
+        peer_id = network.peer_id
+        contributed = self.contributed.setdefault((peer_id, stage), {})
         peer = Peer(
             network=network,
             directory=self.directory,
@@ -101,13 +167,15 @@ class Sim:
             config=self.config,
             run="run",
             stage=stage,
+            fixed=fixed,
             clock=self.clock,
             rng=random.Random(peer_id),
             on_step=lambda done: self._stepped(peer_id, stage, done),
         )
+        prepare = peer.prepare
 
-        async def live() -> None:
-            await peer.join()
+        async def prepare_and_log() -> None:
+            await prepare()
             mean = peer.stage.mean
 
             def logged(frozen: Accumulator) -> torch.Tensor:
@@ -116,17 +184,13 @@ class Sim:
                 return mean(frozen)
 
             peer.stage.mean = logged
-            await peer.run()
 
-        task = asyncio.create_task(live(), name=peer_id)
-        task.add_done_callback(self._peer_ended)
-        self.peers[peer_id] = SimPeer(peer_id, stage, peer, task, compute)
-        return peer_id
+        peer.prepare = prepare_and_log
+        return peer
 
     async def start_auxiliary(self, stage: int) -> Auxiliary:
         """A peer that only reduces; ends with the test, or when the hub kills it."""
         peer_id = f"auxiliary{next(self.names):02d}-of-stage{stage}"
-        self.contributed[peer_id] = {}
         auxiliary = Auxiliary(
             network=self.hub.network(peer_id),
             directory=self.directory,
@@ -154,7 +218,7 @@ class Sim:
         self.on_log(f"{peer_id} applied step {done.version - 1} with {[m[:6] for m in done.members]}")
         self.hashes.setdefault((stage, done.version), set()).add(done.state_hash)
         for member in done.members:
-            for microbatch in self.contributed[member].get(done.version - 1, ()):
+            for microbatch in self.contributed.get((member, stage), {}).get(done.version - 1, ()):
                 contents.add((microbatch, member))
 
     def lineage(self, stage: int) -> list[tuple[bytes, PeerId]]:
@@ -190,8 +254,7 @@ class Sim:
         self.hub.kill(peer_id)
         sim_peer.task.cancel()
         sim_peer.compute.close()
-        if hasattr(sim_peer.peer, "server"):
-            sim_peer.peer.server.close()
+        sim_peer.peer.close()
 
     async def start_trainer(self, name: PeerId = "trainer") -> Pipeline:
         self.pipeline = Pipeline(

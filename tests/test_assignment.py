@@ -4,13 +4,14 @@ import torch
 
 from swarm.assignment import choose_stage, seats_of
 from swarm.model import build_stage, stage_costs
+from swarm.rebalance import Doing
 from swarm.records import PeerRecord
 from tests.sim import tiny_run
 
 
 def roster(stage: int, *speeds: float, loading: bool = False, helpers: int = 0) -> list[PeerRecord]:
     peers = [
-        PeerRecord(peer=f"s{stage}p{number}", stage=stage, speed=speed, loading=loading)
+        PeerRecord(peer=f"s{stage}{loading}{number}", stage=stage, speed=speed, loading=loading)
         for number, speed in enumerate(speeds)
     ]
     return peers + [
@@ -41,6 +42,15 @@ def test_newcomers_at_once_spread_as_those_who_still_load_count_too():
 def test_who_has_not_measured_itself_counts_as_usual_and_nobody_as_huge():
     seats = seats_of([roster(0, 2.0, 4.0, 0.0, 1e17), roster(1, 3.0)])
     assert [seat.speed for seat in seats] == [2.0, 4.0, 3.5, 35.0, 3.0]
+
+
+def test_who_has_just_moved_counts_where_it_was_announced_last():
+    old = PeerRecord(peer="mover", stage=0, speed=2.0, heading=1, announced_s=5.0)
+    new = PeerRecord(peer="mover", stage=1, announced_s=6.0)
+    (seat,) = seats_of([[old], [new]])
+    assert (seat.stage, seat.doing) == (1, Doing.SERVES)
+    (seat,) = seats_of([[old], []])
+    assert (seat.stage, seat.doing) == (1, Doing.MOVES)
 
 
 def test_costs_are_the_values_of_a_stages_matrices_without_its_embedding():

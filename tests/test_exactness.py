@@ -187,6 +187,39 @@ def test_strict_run_equals_plain_training_although_peers_die_while_they_average(
 
 @pytest.mark.real
 @pytest.mark.timeout(280)
+def test_strict_run_equals_plain_training_although_a_volunteer_moves(tmp_path):
+    steps = 40
+    settings = ["model.stages=2", f"training.steps={steps}", "rebalancing.period_s=1"]
+    config = strict_run(*settings, "network.announce_s=0.5", "network.expire_s=3")
+
+    async def main() -> tuple[dict[str, torch.Tensor], str]:
+        async with real_swarm(config, tmp_path) as swarm:
+            doomed = [await swarm.start_peer(0) for _ in range(2)]
+            await swarm.start_peer(1)
+            await swarm.until(lambda: len(swarm.living()) == 3, 90, "three peers serve")
+            volunteers = []
+            for number in range(4, 7):  # one after the other: to stage 1, to either, to the other
+                volunteers.append(await swarm.start_peer(None))
+                await swarm.until(lambda number=number: len(swarm.living()) == number, 60, "it serves")
+
+            async def kill_two(swarm: RealSwarm, trainer: Trainer) -> None:
+                await swarm.until(lambda: trainer.pipeline.ledger.version >= 2, 60, "the first steps")
+                for peer in doomed:
+                    swarm.kill(peer)
+
+            await train(swarm, kill_two)
+            return await swarm.parameters(steps), "".join(map(text, volunteers))
+
+    ours, said = uvloop.run(main())
+    plain = train_plain(config, endless_text(config), steps)
+    worst, name = worst_difference(ours, plain)
+    assert "moved from stage 1 to stage 0" in said, said[-4000:]
+    assert worst <= 1e-5, f"{name} is off by {worst:.2e}"
+    print(f"worst tensor {name}: {worst:.2e}")
+
+
+@pytest.mark.real
+@pytest.mark.timeout(280)
 def test_peers_of_a_stage_stay_bit_identical_with_int8(tmp_path):
     config = strict_run("pipeline.codec=int8", "averaging.codec=int8")
     swarm, ours = uvloop.run(whole_run(config, tmp_path))

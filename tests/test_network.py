@@ -87,6 +87,32 @@ async def test_a_frame_arrives_whole_and_its_answer_too(a, b):
 
 
 @on_all
+async def test_a_service_that_is_withdrawn_breaks_its_streams_and_may_be_served_anew(a, b):
+    async def other(stream):
+        async def respond(sender, frame):
+            return b"another", b""
+
+        await answer(stream, respond)
+
+    for network in (a, b):  # also to itself
+        await b.serve("echo", echo)
+        await b.serve("other", echo)
+        calls = Calls(network, "echo", deadline_s=5)
+        others = Calls(network, "other", deadline_s=5)
+        assert (await calls.call(b.peer_id, b"x")).header == b"x" + network.peer_id.encode()
+        await others.call(b.peer_id, b"x")
+        b.unserve("echo")
+        b.unserve("echo")
+        with pytest.raises(LinkError):
+            await calls.call(b.peer_id, b"x")
+        await b.serve("echo", other)
+        assert (await calls.call(b.peer_id, b"x")).header == b"another"
+        assert (await others.call(b.peer_id, b"y")).header == b"y" + network.peer_id.encode()
+        calls.close()
+        others.close()
+
+
+@on_all
 async def test_many_calls_at_once_do_not_mix(a, b):
     await b.serve("echo", echo, max_payload_bytes=1 << 20)
     calls = Calls(a, "echo", deadline_s=10, max_payload_bytes=1 << 20)

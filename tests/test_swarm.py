@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 
 import pytest
 import torch
@@ -272,7 +273,7 @@ def test_bad_tensors_are_rejected_counted_against_their_sender_and_hurt_nobody_e
             (make_push(sim, target, sender, tokens=b"123"), good, "tokens"),
             (b"\xff\xff garbage", good, "malformed"),
         ]
-        calls = sim.peers[sender].peer.server._calls
+        calls = sim.peers[sender].peer.server._calls_after
         for count, (header, payload, says) in enumerate(cases, 1):
             reply = pb.HopReply.FromString((await calls.call(target, header, payload)).header)
             assert reply.status == pb.REJECTED and says in reply.reason, (says, reply)
@@ -281,7 +282,9 @@ def test_bad_tensors_are_rejected_counted_against_their_sender_and_hurt_nobody_e
         stranger = sim.hub.network("stranger")
         from averaging.network import Calls
 
-        answer = await Calls(stranger, "hop", deadline_s=5).call(target, make_push(sim, target, sender), good)
+        answer = await Calls(stranger, "hop/1", deadline_s=5).call(
+            target, make_push(sim, target, sender), good
+        )
         assert pb.HopReply.FromString(answer.header).status == pb.REJECTED
         assert server.rejections["stranger"] == 1
         await train(sim, 10)
@@ -324,3 +327,33 @@ def test_trainers_find_a_newcomer_at_once_not_when_they_read_the_roster_next():
         await training
 
     simulate(test, "network.announce_s=30", "network.expire_s=120")
+
+
+def pools_of(sim) -> list[int]:
+    """Peers that serve each stage."""
+    serving = Counter(p.stage for p in sim.peers.values() if not p.peer.membership.loading)
+    return [serving[stage] for stage in range(3)]
+
+
+def test_volunteers_spread_and_one_moves_to_a_stage_that_has_lost_peers():
+    async def test(sim):
+        volunteers = [await sim.start_volunteer() for _ in range(3)]
+        await sim.until(lambda: pools_of(sim) == [3, 3, 3], 30)
+        await train(sim, 30)
+        fixed = [p.id for p in sim.peers.values() if p.stage == 1 and p.id not in volunteers]
+        for peer in fixed:
+            sim.kill(peer)
+        training = asyncio.ensure_future(train(sim, 150, first=30))
+        await sim.until(lambda: sorted(pools_of(sim)) == [2, 2, 3] and pools_of(sim)[1] == 2, 60)
+        await training
+        await train(sim, 30, first=180)
+        assert sum(sim.peers[peer].volunteer.moves for peer in volunteers) == 1
+        mover = next(sim.peers[peer] for peer in volunteers if sim.peers[peer].volunteer.moves)
+        assert mover.stage == 1 and mover.peer.server.counters["tokens"] > 0
+        assert all(len(states) == 1 for states in sim.hashes.values())
+        assert sim.pipeline.ledger.counters["lost"] == 0
+        for stage in range(3):
+            applied = [microbatch for microbatch, _ in sim.lineage(stage)]
+            assert len(applied) == len(set(applied))
+
+    simulate(test, "rebalancing.period_s=2")

@@ -32,6 +32,7 @@ from swarm.config import RunConfig
 from swarm.directory import Directory
 from swarm.errors import RejectedError
 from swarm.messages import Push, parse_reply
+from swarm.scope import at_stage
 from swarm.server import SERVICE
 from swarm.wiring import StageWiring
 from trainers import events as ev
@@ -78,7 +79,11 @@ class Pipeline:
             strict=config.training.strict,
         )
         self.throttle = Throttle(most=config.pipeline.in_flight, stages=config.model.stages)
-        self._calls = Calls(network, SERVICE, deadline_s=config.averaging.progress_deadline_s)
+        self._stage_of: dict[PeerId, int] = {}  # as it was when the peer was found
+        self._calls = [
+            Calls(at_stage(network, stage), SERVICE, deadline_s=config.averaging.progress_deadline_s)
+            for stage in range(config.model.stages)
+        ]
         self._watched: dict[PeerId, asyncio.Task[None]] = {}  # one stream per peer
         self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat was answered
         self._told_s: dict[tuple[PeerId, PeerId], float] = {}  # when to say again that a link fails
@@ -99,7 +104,8 @@ class Pipeline:
             await asyncio.gather(*watching, return_exceptions=True)
             for task in self._tasks:
                 task.cancel()
-            self._calls.close()
+            for calls in self._calls:
+                calls.close()
 
     def issue(self, microbatch: bytes, tokens: bytes, *, sequences: int, evaluate: bool, step: int) -> None:
         """Send a microbatch on its way; `on_completed` or `on_abandoned` will name it."""
@@ -134,6 +140,7 @@ class Pipeline:
                     banned = self._wirings[stage].is_banned(record.peer, self._clock())
                     serves = not record.aggregates_only and not record.loading
                     if record.peer not in self._watched and not banned and serves:
+                        self._stage_of[record.peer] = stage
                         task = asyncio.create_task(self._watch(stage, record.peer))
                         self._watched[record.peer] = task
                         task.add_done_callback(functools.partial(self._unwatch, record.peer))
@@ -155,7 +162,7 @@ class Pipeline:
         heard_s: float | None = None  # its lease is at most this old
         while True:
             try:
-                stream = await self._network.open(peer, watch.SERVICE)
+                stream = await at_stage(self._network, stage).open(peer, watch.SERVICE)
             except LinkError as error:
                 if heard_s is None:
                     return log.debug("cannot watch: %s", error)
@@ -187,7 +194,7 @@ class Pipeline:
 
     def _gone(self, event: ev.PeerGone) -> None:
         self._heard_s.pop(event.peer, None)
-        self._calls.forget(event.peer)
+        self._calls_to(event.peer).forget(event.peer)
         self.feed(event)
 
     async def _listen(self, stream: Stream, stage: int, again: bool) -> bool:
@@ -255,6 +262,9 @@ class Pipeline:
 
     # commands
 
+    def _calls_to(self, peer: PeerId) -> Calls:
+        return self._calls[self._stage_of.get(peer, 0)]
+
     def _execute(self, commands: Iterable[ev.Command]) -> None:
         for command in batched_releases(commands):
             match command:
@@ -299,7 +309,7 @@ class Pipeline:
 
     async def _status(self, peer: PeerId, request: bytes) -> int:
         try:
-            return parse_reply(peer, (await self._calls.call(peer, request)).header).status
+            return parse_reply(peer, (await self._calls_to(peer).call(peer, request)).header).status
         except (LinkError, RejectedError) as error:
             log.debug("%s", error)
             return pb.LINK
@@ -312,7 +322,7 @@ class Pipeline:
         request = pb.HopRequest(cancel=message).SerializeToString()
         while command.peer in self._watched:
             try:
-                frame = await self._calls.call(command.peer, request)
+                frame = await self._calls_to(command.peer).call(command.peer, request)
                 reply = parse_reply(command.peer, frame.header)
             except (LinkError, RejectedError) as error:
                 log.debug("cancel: %s", error)
@@ -326,7 +336,7 @@ class Pipeline:
         request = pb.HopRequest(release=message).SerializeToString()
         while command.peer in self._watched:
             try:
-                await self._calls.call(command.peer, request)
+                await self._calls_to(command.peer).call(command.peer, request)
                 return
             except AveragingError as error:
                 log.debug("release: %s", error)

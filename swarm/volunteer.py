@@ -1,0 +1,182 @@
+"""A peer of whichever stage needs it most: chooses one, and moves when another needs it more.
+
+    choose      the weakest stage, unless the user has chosen
+    look        at all rosters, every now and then; everybody decides by the same rule (`swarm.rebalance`)
+    move        say so; load the state of the new stage while the old one is still served;
+                when a step has closed, and others still serve the old stage, serve the new one and leave it
+
+I/O: the directory; one event loop.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from averaging.errors import LinkError, NoAnswerError
+from averaging.network import PeerId
+from swarm.assignment import choose_stage, seats_of
+from swarm.config import RunConfig
+from swarm.directory import Directory
+from swarm.model import stage_costs
+from swarm.peer import Peer
+from swarm.rebalance import Rebalancing, best_moves, papers_moves
+from swarm.records import PeerRecord
+
+STEP_S = 30.0  # that a mover waits for a step to close: what it has accumulated is lost otherwise
+log = logging.getLogger(__name__)
+
+
+class Volunteer:
+    """One peer after the other, of one process."""
+
+    def __init__(
+        self,
+        *,
+        me: PeerId,
+        directory: Directory,
+        config: RunConfig,
+        make_peer: Callable[[int], Peer],
+        stage: int | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`stage`: serve this one and no other; None: the one that needs it most."""
+        self._me, self._directory, self._config, self._make_peer = me, directory, config, make_peer
+        self._fixed, self._rng = stage, rng or random.SystemRandom()
+        self._costs = stage_costs(config.model)
+        self._said = ""
+        self.moves = 0
+
+    async def join(self) -> None:
+        """Choose a stage, load its state and serve it. Raises UserError when no stage can be chosen."""
+        stage = self._fixed
+        if stage is None:
+            stage, reason = choose_stage(await all_rosters(self._directory, len(self._costs)), self._costs)
+            log.info("stage %d: %s", stage, reason)
+        while stage is not None:
+            self.stage, self.peer = stage, self._make_peer(stage)
+            stage = await self._joined_or_redirected()
+
+    async def _joined_or_redirected(self) -> int | None:
+        """Join, unless another stage comes to need a newcomer more while the state loads: that stage."""
+        joining = asyncio.create_task(self.peer.join())
+        looking = asyncio.create_task(self._look())
+        try:
+            await asyncio.wait([joining, looking], return_when=asyncio.FIRST_COMPLETED)
+            if joining.done() or not self.peer.membership.loading:
+                await joining
+                return None
+            target = looking.result()
+            log.info("stage %d needs this peer more than stage %d: going there", target, self.stage)
+        finally:
+            for task in (joining, looking):
+                task.cancel()
+        await asyncio.wait([joining])
+        await self.peer.leave()
+        return target
+
+    async def run(self) -> None:
+        """Serve, and move when that is needed, until cancelled."""
+        while True:
+            async with asyncio.TaskGroup() as tasks:
+                serving = tasks.create_task(self.peer.run())
+                successor, stage = await self._successor()
+                await successor.serve()  # before it leaves: in between, others would think it gone
+                serving.cancel()
+            await self.peer.leave()
+            log.info("moved from stage %d to stage %d", self.stage, stage)
+            self.peer, self.stage, self.moves = successor, stage, self.moves + 1
+
+    async def leave(self) -> None:
+        await self.peer.leave()
+
+    def metrics(self) -> Mapping[str, Any]:
+        """Of the present peer, and how often it has moved."""
+        return {**self.peer.metrics(), "moves": self.moves}
+
+    async def _successor(self) -> tuple[Peer, int]:
+        """The peer to be, and its stage, once it is needed and ready to serve."""
+        while True:
+            target = await self._look()
+            try:
+                if (successor := await self._prepared(target)) is not None:
+                    return successor, target
+            except LinkError as error:
+                log.info("staying in stage %d: %s", self.stage, error)
+
+    async def _look(self) -> int:
+        """Wait until another stage needs this peer more: that stage."""
+        if self._fixed is not None or self._config.rebalancing.rule == "none":
+            await asyncio.get_running_loop().create_future()  # for ever
+        while True:
+            await asyncio.sleep(self._config.rebalancing.period_s * self._rng.uniform(0.75, 1.25))
+            try:
+                target = self._target(await read_rosters(self._directory, len(self._costs)))
+                if target is not None:
+                    return target
+            except LinkError as error:
+                log.info("cannot look at all stages: %s", error)
+
+    def _target(self, rosters: Sequence[Sequence[PeerRecord]]) -> int | None:
+        """The stage to move to, if this peer is one of those that should."""
+        found = self._decide(rosters)
+        if found.reason != self._said:
+            self._said = found.reason
+            log.debug("rebalancing: %s", found.reason)
+        return next((move.target for move in found.moves if move.peer == self._me), None)
+
+    def _decide(self, rosters: Sequence[Sequence[PeerRecord]]) -> Rebalancing:
+        seats, settings = seats_of(rosters), self._config.rebalancing
+        if settings.rule == "paper":
+            return papers_moves(seats, self._costs)
+        return best_moves(seats, self._costs, worth=settings.worth)
+
+    async def _prepared(self, target: int) -> Peer | None:
+        """A peer of the stage `target` that has its state, with nothing in the way of leaving; else None."""
+        log.info("stage %d needs this peer more than stage %d: loading its state", target, self.stage)
+        self.peer.membership.heading = target
+        successor: Peer | None = None
+        try:
+            await self.peer.membership.enter()
+            successor = self._make_peer(target)
+            await successor.prepare()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STEP_S):
+                    await self.peer.stepped()
+            if await self._others_stay():
+                found, successor = successor, None
+                return found
+            log.info("staying in stage %d: nobody else serves it any more", self.stage)
+            return None
+        finally:
+            if successor is not None:
+                successor.close()
+                self.peer.membership.heading = None
+
+    async def _others_stay(self) -> bool:
+        """Does anybody else serve the present stage, and mean to go on? Raises LinkError."""
+        others = await self._directory.roster(self.stage)
+        return any(
+            other.peer != self._me
+            and other.heading is None
+            and not other.loading
+            and not other.aggregates_only
+            for other in others
+        )
+
+
+async def read_rosters(directory: Directory, stages: int) -> list[list[PeerRecord]]:
+    """Of all stages. Raises LinkError."""
+    return [await directory.roster(number) for number in range(stages)]
+
+
+async def all_rosters(directory: Directory, stages: int) -> list[list[PeerRecord]]:
+    """For a user who waits. Raises UserError."""
+    try:
+        return await read_rosters(directory, stages)
+    except LinkError as error:
+        raise NoAnswerError(
+            f"cannot read who serves which stage ({error}): try again, or name one with --stage"
+        ) from None
