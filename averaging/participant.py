@@ -223,6 +223,15 @@ class Participant:
         asked = coordinator_order(others, name=self._name, step=step)[:ASKED]
         return max(await asyncio.gather(*map(self._version_of, asked)), default=step) > step
 
+    async def answers(self, peer: PeerId) -> bool:
+        """Does it live? Its record does for a while, in any case."""
+        try:
+            await self.coordinator.query(peer, pb.StepQuery(step=self._version()))
+        except LinkError as error:
+            self._suspect(error)
+            return False
+        return True
+
     async def _version_of(self, peer: PeerId) -> int:
         """0 if it does not answer."""
         try:

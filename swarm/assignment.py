@@ -31,7 +31,7 @@ def _seat(record: PeerRecord, speed: float, stages: int) -> Seat:
     doing = Doing.LOADS if record.loading else Doing.SERVES
     if record.fixed:
         doing = Doing.MOVES if record.loading else Doing.STAYS
-    return Seat(record.peer, record.stage, speed, doing)
+    return Seat(record.peer, record.stage, speed, doing, load=record.queue)
 
 
 def choose_stage(rosters: Sequence[Sequence[PeerRecord]], costs: Sequence[float]) -> tuple[int, str]:

@@ -62,7 +62,7 @@ class Auxiliary:
             peer=network.peer_id, stage=stage, addresses=addresses, name=name, aggregates_only=True
         )
         self.membership = Membership(
-            directory, record, progress=lambda: (self.version, 0.0), period_s=config.network.announce_s
+            directory, record, progress=lambda: (self.version, 0.0, 0), period_s=config.network.announce_s
         )
         rules = step_rules(config)
         self._participant = Participant(

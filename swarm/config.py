@@ -145,7 +145,7 @@ class AveragingConfig(_Section):
         None, description="PowerSGD: matrices travel as so many columns and rows; null: whole"
     )
     rank_from: int | None = Field(
-        None, ge=0, description="first step with `rank`; default: three warm-ups of the learning rate"
+        None, ge=0, description="first step with `rank`; default: four warm-ups of the learning rate"
     )
     group_size: int = Field(16, ge=2, description="about how many average at once; more sit on a grid")
     progress_deadline_s: Seconds = Field(5.0, description="silence after which a groupmate counts as lost")

@@ -35,6 +35,7 @@ SILENCE_S = 10.0  # after which the other end counts as lost
 LINGER_S = 30.0  # that it may take to come back, and go on where it was
 LEASES = 8  # newcomers at once
 KEPT_STATES = 2  # another newcomer is offered one of these, and the means after it
+MOST_STATES = 4  # if those of slow newcomers are too old by now for anybody else
 KEPT_MEANS = 8  # who is further behind takes a newer state: that is less to send
 COUNT = struct.Struct("<I")
 ALIVE = pb.FromDonor(alive=True).SerializeToString()
@@ -55,8 +56,10 @@ class Given:
 class _Lease:
     """What a newcomer may still want."""
 
+    stream: Stream
     since: int  # means from this step on
     given: Given | None = None
+    has_joined: bool = False
 
 
 class Donor:
@@ -78,7 +81,7 @@ class Donor:
         """
         self._network, self._stage, self._compute = network, stage, compute
         self._on_joined = on_joined
-        self._allowance = Allowance(lambda: upload_share * uplink.reported)
+        self._allowance = Allowance(lambda: upload_share * (uplink.reported or uplink.measured))
         self.available = False  # nothing to give before this peer has a state itself
         self._leases: dict[PeerId, _Lease] = {}
         self._states: dict[int, Given] = {}  # by version
@@ -103,7 +106,7 @@ class Donor:
 
     async def _serve(self, stream: Stream) -> None:
         peer = stream.remote
-        lease = _Lease(self._stage.version)
+        lease = _Lease(stream, self._stage.version)
         try:
             first = await self._heard(stream)
             known = self._leases.get(peer)
@@ -113,9 +116,10 @@ class Donor:
                 return await stream.finish()
             if known is not None:  # it has come back, and may want what it had begun with
                 lease.since, lease.given = known.since, known.given
+                known.stream.abort()
             self._leases[peer] = lease
-            await self._answer(stream, lease, first)
-            async with kept_alive(stream, ALIVE, SILENCE_S):
+            async with kept_alive(stream, ALIVE, SILENCE_S):  # also while a large state is packed
+                await self._answer(stream, lease, first)
                 while (message := await self._heard(stream)) is not None:
                     await self._answer(stream, lease, message)
             await stream.finish()
@@ -148,7 +152,8 @@ class Donor:
             case "chunk":
                 assert message is not None
                 await self._send_chunk(stream, lease, message.chunk)
-            case "joined":
+            case "joined" if lease.given is not None and not lease.has_joined:
+                lease.has_joined = True
                 self._on_joined()
 
     async def _offer(self, stream: Stream, lease: _Lease, ask: pb.StateAsk) -> None:
@@ -183,8 +188,10 @@ class Donor:
             usable = [v for v in self._states if self._means.keys() >= {*range(v, version)}]
             if begun in usable:
                 return self._states[begun]
-            if version not in self._states and len(self._states) >= KEPT_STATES:
-                return self._states[max(usable)] if usable else None
+            if version not in self._states and usable and len(self._states) >= KEPT_STATES:
+                return self._states[max(usable)]
+            if version not in self._states and len(self._states) >= MOST_STATES:
+                return None
             if version not in self._states:
                 version, data = await between_hops(
                     self._compute, lambda: (self._stage.version, serialized(self._stage))

@@ -25,14 +25,15 @@ class Membership:
         directory: Directory,
         own: PeerRecord,
         *,
-        progress: Callable[[], tuple[int, float]],
+        progress: Callable[[], tuple[int, float, int]],
         period_s: float,
     ) -> None:
-        """`own` is what to announce but for `progress`: the version, and the speed."""
+        """`own` is what to announce but for `progress`: the version, the speed, and the queue."""
         self._directory, self._own = directory, own
         self._progress, self._period_s = progress, period_s
         self.loading = False  # announced only for others who look for a stage
         self.heading: int | None = None  # the stage that this peer is about to move to
+        self.fixed = own.fixed
         self.others: dict[PeerId, PeerRecord] = {}  # those who do not load, as of the last `read`
 
     def auxiliaries(self) -> list[PeerId]:
@@ -76,6 +77,8 @@ class Membership:
             log.info("the record could not be withdrawn; it expires by itself")
 
     def _record(self) -> PeerRecord:
-        version, speed = (0, 0.0) if self.loading else self._progress()
-        now = {"version": version, "speed": speed, "loading": self.loading, "heading": self.heading}
-        return self._own.model_copy(update=now | {"announced_s": time.time()})
+        version, speed, queue = (0, 0.0, 0) if self.loading else self._progress()
+        now: dict[str, object] = {"version": version, "speed": speed, "queue": queue}
+        now |= {"loading": self.loading, "heading": self.heading}
+        now |= {"fixed": self.fixed, "announced_s": time.time()}
+        return self._own.model_copy(update=now)

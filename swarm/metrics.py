@@ -53,6 +53,7 @@ class PeerMetrics(BaseModel):
     queue: Count
     retained_bytes: Count
     tokens_per_s: float
+    join_s: float = Field(0.0, ge=0, description="from asking for the state to the first microbatch")
     name: str = Field("", max_length=128)
     hash: str = Field("", pattern="^[0-9a-f]{0,16}$")
 
@@ -136,7 +137,7 @@ async def serve_metrics(network: Network, take: Callable[[PeerId, dict[str, Any]
             message = pb.Metrics.FromString(frame.header[:MAX_BYTES])
             take(sender, PUSH.validate_json(message.json).model_dump())
         except (ValueError, DecodeError) as error:  # pydantic's errors are ValueErrors, too
-            log.debug("metrics of %s are ignored: %s", sender[-8:], error)
+            log.info("metrics of %s are ignored: %s", sender[-8:], error)
         return b"", b""
 
     async def serve(stream: Stream) -> None:

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ from swarm.scope import at_stage
 from swarm.server import HopServer
 from swarm.speed import SpeedMeter
 from swarm.stage import Stage
-from swarm.state import Loading, StateLoader
+from swarm.state import Loading, NoDonorError, StateLoader
 from swarm.update import AppliedStep, Updater
 
 REFETCH_PAUSE_S = 0.2
@@ -94,8 +95,11 @@ class Peer:
             loading.cancel()
         await self.serve()
 
-    async def prepare(self) -> None:
-        """Build the stage and load its state; nobody notices yet."""
+    async def prepare(self, *, tries: int | None = None) -> None:
+        """Build the stage and load its state; nobody notices yet.
+
+        Raises NoDonorError after so many `tries`; without a number it goes on trying.
+        """
         self.stage: Stage = await between_hops(self._compute, self._build)
         self.server = HopServer(
             network=self._everybody,
@@ -138,12 +142,17 @@ class Peer:
         self.server.on_progress = self._progressed
         self._asked_s = self._clock()
         while not await self._has_state():
+            tries = None if tries is None else tries - 1
+            if tries == 0:
+                raise NoDonorError(f"no state of stage {self._stage_number} can be had")
             log.info("trying again to get a state of stage %d", self._stage_number)
 
     async def serve(self) -> None:
         """Answer others, and be found: hops may come from now on."""
         self._busy_before_s = self._compute.busy_s
         await self._loader.follow()
+        while self._loader.outrun and not await self._has_state():
+            log.info("trying again to come to where stage %d is", self._stage_number)
         self.server.announced_version = self.stage.version
         await self.server.start()
         await self.updater.start()
@@ -166,7 +175,9 @@ class Peer:
             log.warning("waiting for the state of stage %d: %s", self._stage_number, error)
             await asyncio.sleep(REFETCH_PAUSE_S)
             return False
-        return True
+        if self._loader.outrun:
+            log.warning("stage %d takes steps faster than they come here: trying again", self._stage_number)
+        return not self._loader.outrun
 
     async def run(self) -> None:
         """Take part until cancelled."""
@@ -198,7 +209,6 @@ class Peer:
 
     def metrics(self) -> Mapping[str, Any]:
         """Cumulative counters and the present state, by metric name."""
-        counters = self.server.counters + self.updater.counters
         return {
             "stage": self._stage_number,
             "version": self.server.announced_version,
@@ -210,8 +220,17 @@ class Peer:
             "name": self._name,
             "hash": self.updater.state_hash.hex(),
             "uplink_bytes_per_s": round(self._uplink.reported),
-            **counters,
+            **self.counters,
         }
+
+    @property
+    def counters(self) -> Counter[str]:
+        """What this peer has done so far."""
+        return self.server.counters + self.updater.counters
+
+    async def answers(self, mate: PeerId) -> bool:
+        """Does a stage mate live?"""
+        return await self.updater.participant.answers(mate)
 
     def _build(self) -> Stage:
         module = build_stage(self.config.model, self._stage_number, seed=self.config.training.seed)
@@ -223,14 +242,14 @@ class Peer:
             device=self._device,
         )
 
-    def _progress(self) -> tuple[int, float]:
-        """The version, and multiply-adds per second while this peer computes."""
+    def _progress(self) -> tuple[int, float, int]:
+        """The version, multiply-adds per second while this peer computes, and how many jobs wait."""
         tokens, now_s = float(self.server.counters["tokens"]), self._clock()
         (tokens_before, before_s), self._seen = self._seen, (tokens, now_s)
         rate = (tokens - tokens_before) / max(1e-6, now_s - before_s)
         self._tokens_per_s += SMOOTHING * (rate - self._tokens_per_s)
         self._speed.observe(tokens, self._compute.busy_s - self._busy_before_s)
-        return self.stage.version, self._speed.announced
+        return self.stage.version, self._speed.announced, self._compute.queued
 
     async def _refetch(self, error: BehindError | None) -> bool:
         """The stage has gone on without this peer: replay its steps, or load what it has become."""

@@ -40,7 +40,7 @@ class Seat:
     stage: int
     speed: float = 1.0  # tokens per second, times what a token costs in the stage where that was measured
     doing: Doing = Doing.SERVES
-    load: float = 0.0  # what waits at it, in seconds
+    load: float = 0.0  # jobs that wait at it
 
 
 @dataclass(frozen=True, slots=True)

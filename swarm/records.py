@@ -34,6 +34,7 @@ class PeerRecord(BaseModel):
     name: str = Field("", max_length=64)
     version: int = Field(0, ge=0, description="steps applied")
     speed: float = Field(0.0, ge=0, le=1e18, description="multiply-adds per second while it computes")
+    queue: int = Field(0, ge=0, lt=2**31, description="jobs that wait")
     fixed: bool = Field(False, description="its user has chosen the stage: it does not move")
     heading: int | None = Field(None, ge=0, lt=1024, description="stage that it moves to")
     loading: bool = Field(False, description="its state is still coming: it serves and averages nothing yet")

@@ -20,7 +20,7 @@ from swarm.chunks import Contents, Download
 from swarm.donor import SILENCE_S, Name
 from swarm.stage import Stage
 
-ANSWER_S = 30.0  # for an offer, and for each chunk
+ANSWER_S = 300.0  # for an offer, and for each chunk; who is not heard at all is given up much sooner
 ALLOWANCE_BYTES = 16 << 20  # for names, shapes and the history of microbatches
 VECTORS = 4  # of parameters, moments, and parameters before the last step
 ALIVE = pb.FromNewcomer(alive=True).SerializeToString()
@@ -35,7 +35,11 @@ class Offer:
 
 
 class NothingError(AveragingError):
-    """The donor has nothing of what it was asked for; it may have later."""
+    """The donor, which is at `version`, has nothing of what it was asked for; it may have later."""
+
+    def __init__(self, what: str, *, version: int) -> None:
+        super().__init__(what)
+        self.version = version
 
 
 class Source:
@@ -70,7 +74,8 @@ class Source:
         if offer.busy:
             raise LinkError(self.peer, "gives its state to others at the moment")
         if not offer.size_bytes:
-            raise NothingError(f"{self.peer[-8:]} has nothing to give at version {offer.version}")
+            what = f"{self.peer[-8:]} has nothing to give at version {offer.version}"
+            raise NothingError(what, version=offer.version)
         if step is not None and offer.number != step:
             raise ProtocolError(self.peer, f"offers step {offer.number}, asked for {step}")
         vectors = VECTORS if step is None else 1

@@ -67,6 +67,7 @@ class StateLoader:
         self._network, self._stage, self._compute = network, stage, compute
         self._replay, self._on_loading = replay, on_loading
         self._sources: list[Source] = []
+        self.outrun = False  # the donors have taken more steps than they keep the means of
         self._begun: Download | None = None  # of a state, whose donors were lost
         self._begun_version: int | None = None
         self._lost: dict[PeerId, str] = {}  # that have left transfers unfinished, and why: better ask others
@@ -110,7 +111,7 @@ class StateLoader:
 
     async def follow(self) -> bool:
         """Take the steps that the donors have taken meanwhile; True if that brought the stage forward."""
-        before = self._stage.version
+        before, self.outrun = self._stage.version, False
         try:
             while (offer := await self._next_mean()) is not None:
                 step = self._stage.version
@@ -178,14 +179,17 @@ class StateLoader:
     async def _next_mean(self) -> Offer | None:
         """Of the step after this stage's, if the donors have taken it. Raises AveragingError."""
         step, donors = self._stage.version, list(self._sources)
+        self.outrun = False
         asked = await asyncio.gather(*(self._ask_mean(source, step) for source in donors))
         offers = [offer for offer in asked if offer is not None]
+        self.outrun = self.outrun and not offers
         return _most_held(offers) if offers else None
 
     async def _ask_mean(self, source: Source, step: int) -> Offer | None:
         try:
             return await source.ask(step)
-        except NothingError:
+        except NothingError as error:
+            self.outrun |= error.version > step
             return None
         except AveragingError as error:
             self._drop(source, error)
@@ -285,6 +289,8 @@ class StateLoader:
     def _load(self, data: bytearray, version: int) -> None:
         try:
             self._stage.load(safetensors.torch.load(bytes(data)), version)
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
             raise ProtocolError(self._names(), f"the state does not fit: {error}") from None
 

@@ -35,7 +35,7 @@ from swarm.history import REMEMBERED_STEPS
 from swarm.server import HopServer
 from swarm.stage import Accumulator, Stage
 
-WHOLE_WARMUPS = 3  # gradients travel whole for so many times the learning rate's warm-up
+WHOLE_WARMUPS = 4  # gradients travel whole for so many times the learning rate's warm-up
 CATCH_UPS = 3  # before a peer is said to serve
 MOST_TARGETS = 4.0  # nobody's gradient weighs more than this many steps, whatever it claims
 log = logging.getLogger(__name__)

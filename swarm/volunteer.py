@@ -12,19 +12,23 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from averaging.errors import LinkError, NoAnswerError
+from averaging.errors import AveragingError, LinkError, NoAnswerError
 from averaging.network import PeerId
 from swarm.assignment import choose_stage, seats_of
 from swarm.config import RunConfig
 from swarm.directory import Directory
+from swarm.jobs import is_out_of_memory
 from swarm.model import stage_costs
 from swarm.peer import Peer
 from swarm.rebalance import Rebalancing, best_moves, papers_moves
 from swarm.records import PeerRecord
 
+TRIES = 3  # to get the state of another stage, before a move is given up
+ASKED = 8  # stage mates, whether they live
 STEP_S = 30.0  # that a mover waits for a step to close: what it has accumulated is lost otherwise
 log = logging.getLogger(__name__)
 
@@ -47,6 +51,8 @@ class Volunteer:
         self._fixed, self._rng = stage, rng or random.SystemRandom()
         self._costs = stage_costs(config.model)
         self._said = ""
+        self._next: Peer | None = None  # while it takes over
+        self._done = Counter[str]()  # by the peers before the present one
         self.moves = 0
 
     async def join(self) -> None:
@@ -82,19 +88,23 @@ class Volunteer:
         while True:
             async with asyncio.TaskGroup() as tasks:
                 serving = tasks.create_task(self.peer.run())
-                successor, stage = await self._successor()
-                await successor.serve()  # before it leaves: in between, others would think it gone
+                self._next, stage = await self._successor()
+                await self._next.serve()  # before it leaves: in between, others would think it gone
                 serving.cancel()
             await self.peer.leave()
             log.info("moved from stage %d to stage %d", self.stage, stage)
-            self.peer, self.stage, self.moves = successor, stage, self.moves + 1
+            self._done += self.peer.counters
+            self.peer, self.stage, self.moves, self._next = self._next, stage, self.moves + 1, None
 
     async def leave(self) -> None:
-        await self.peer.leave()
+        """Leave the run; no-op before a stage was chosen."""
+        for peer in (self.peer, self._next) if hasattr(self, "peer") else ():
+            if peer is not None:
+                await peer.leave()
 
     def metrics(self) -> Mapping[str, Any]:
-        """Of the present peer, and how often it has moved."""
-        return {**self.peer.metrics(), "moves": self.moves}
+        """Of the present peer; counters go on when it moves."""
+        return {**self.peer.metrics(), **(self._done + self.peer.counters), "moves": self.moves}
 
     async def _successor(self) -> tuple[Peer, int]:
         """The peer to be, and its stage, once it is needed and ready to serve."""
@@ -103,8 +113,13 @@ class Volunteer:
             try:
                 if (successor := await self._prepared(target)) is not None:
                     return successor, target
-            except LinkError as error:
+            except AveragingError as error:
                 log.info("staying in stage %d: %s", self.stage, error)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                log.warning("staying in stage %d for good: no memory for a second stage", self.stage)
+                self.peer.membership.fixed = True  # or the others would wait for this one to move
 
     async def _look(self) -> int:
         """Wait until another stage needs this peer more: that stage."""
@@ -141,10 +156,11 @@ class Volunteer:
         try:
             await self.peer.membership.enter()
             successor = self._make_peer(target)
-            await successor.prepare()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STEP_S):
-                    await self.peer.stepped()
+            await successor.prepare(tries=TRIES)
+            if await self._serving(target):  # else nothing goes on before this peer does
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(STEP_S):
+                        await self.peer.stepped()
             if await self._others_stay():
                 found, successor = successor, None
                 return found
@@ -156,15 +172,14 @@ class Volunteer:
                 self.peer.membership.heading = None
 
     async def _others_stay(self) -> bool:
-        """Does anybody else serve the present stage, and mean to go on? Raises LinkError."""
-        others = await self._directory.roster(self.stage)
-        return any(
-            other.peer != self._me
-            and other.heading is None
-            and not other.loading
-            and not other.aggregates_only
-            for other in others
-        )
+        """Does anybody else serve the present stage, live, and mean to go on? Raises LinkError."""
+        staying = [other for other in await self._serving(self.stage) if other.heading is None]
+        return any(await asyncio.gather(*(self.peer.answers(other.peer) for other in staying[:ASKED])))
+
+    async def _serving(self, stage: int) -> list[PeerRecord]:
+        """The others that serve a stage, by the roster. Raises LinkError."""
+        others = await self._directory.roster(stage)
+        return [o for o in others if o.peer != self._me and not o.loading and not o.aggregates_only]
 
 
 async def read_rosters(directory: Directory, stages: int) -> list[list[PeerRecord]]:

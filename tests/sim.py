@@ -174,8 +174,8 @@ class Sim:
         )
         prepare = peer.prepare
 
-        async def prepare_and_log() -> None:
-            await prepare()
+        async def prepare_and_log(**how: int) -> None:
+            await prepare(**how)
             mean = peer.stage.mean
 
             def logged(frozen: Accumulator) -> torch.Tensor:

@@ -49,6 +49,8 @@ def test_who_has_just_moved_counts_where_it_was_announced_last():
     new = PeerRecord(peer="mover", stage=1, announced_s=6.0)
     (seat,) = seats_of([[old], [new]])
     assert (seat.stage, seat.doing) == (1, Doing.SERVES)
+    (seat,) = seats_of([[PeerRecord(peer="loaded", stage=0, queue=7)]])
+    assert seat.load == 7
     (seat,) = seats_of([[old], []])
     assert (seat.stage, seat.doing) == (1, Doing.MOVES)
 

@@ -339,12 +339,25 @@ def test_what_a_donor_makes_up_is_never_loaded(answers, says):
 
 def test_newcomers_get_their_share_of_the_uplink_and_no_more():
     async def test(hub, now):
+        uplink = UplinkMeter()  # as of a volunteer who has said nothing of it
+        mate = Mate(hub, "donor")
+        donor = Donor(mate.network, mate.stage, mate.compute, upload_share=0.5, uplink=uplink)
+        await donor._allowance.spend(1 << 40)
+        await donor._allowance.spend(1 << 40)
+        assert now() == 0, "nothing is known of it"
+        uplink.begin(0.0)
+        uplink.end(10_000_000, 1.0)
+        uplink.conclude()
+        await donor._allowance.spend(5_000_000)
+        await donor._allowance.spend(5_000_000)
+        assert now() == pytest.approx(1.0)
+        await asyncio.sleep(1)
         allowance = Allowance(lambda: 1000.0)
         await asyncio.gather(*(allowance.spend(500) for _ in range(9)))
-        assert now() == pytest.approx(4.0)
+        assert now() == pytest.approx(6.0)
         await asyncio.sleep(10)
         await allowance.spend(500)  # what was not used is not saved up
         await allowance.spend(500)
-        assert now() == pytest.approx(14.5)
+        assert now() == pytest.approx(16.5)
 
     simulate(test)

@@ -153,6 +153,7 @@ class Pipeline:
 
     def _unwatch(self, peer: PeerId, task: "asyncio.Task[None]") -> None:
         self._watched.pop(peer, None)
+        self._joined.set()  # it may stand on another roster by now
         self.throttle.gone(peer)
         self._raise_bug(task)
 

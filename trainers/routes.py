@@ -8,7 +8,7 @@ Pure; changes the flights it is given. Part of the ledger, which decides when.
 """
 
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from averaging.network import PeerId
@@ -31,7 +31,7 @@ class Router:
         session: bytes,
         wirings: Sequence[StageWiring],
         evidence: Sequence[Evidence],
-        live: Container[PeerId],
+        live: Mapping[PeerId, int],
         hop_deadline_s: float,
         counters: Counter[str],
     ) -> None:
@@ -71,7 +71,7 @@ class Router:
         If its gradient is safe with somebody else, the new peer only supplies the neighbours.
         """
         hop = flight.hops[stage]
-        held = hop.accumulated_by in self._live or self._evidence[stage].is_held(flight.id)
+        held = self._serves(hop.accumulated_by, stage) or self._evidence[stage].is_held(flight.id)
         # Settled is settled: peers name the microbatches of their last steps only.
         if hop.phase is Phase.SETTLED or (hop.phase is Phase.ACCUMULATED and held):
             return self.place(flight, now_s, suppliers={stage})
@@ -144,10 +144,14 @@ class Router:
             stage = todo.pop()
             for near in (stage - 1, stage + 1):
                 known = not 0 <= near < len(flight.hops) or near in extended
-                if not known and flight.hops[near].peer not in self._live:
+                if not known and not self._serves(flight.hops[near].peer, near):
                     extended.add(near)
                     todo.append(near)
         return extended
+
+    def _serves(self, peer: PeerId | None, stage: int) -> bool:
+        """Is it alive, and has not moved?"""
+        return peer is not None and self._live.get(peer) == stage
 
     def _supply(self, flight: Flight, placed: Sequence[int], first: bool) -> list[Command]:
         """Have the living neighbours of every run of new hops send what they retained."""

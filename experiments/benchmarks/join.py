@@ -25,7 +25,7 @@ from experiments.benchmarks.report import report
 RUN = """
 name: join
 model: {width: 384, layers: 4, heads: 6, feed_forward: 1252, stages: 1}
-training: {sequence_tokens: 64, microbatch_sequences: 1, target_batch_tokens: 1024, steps: 100000}
+training: {sequence_tokens: 64, microbatch_sequences: 1, target_batch_tokens: 8192, steps: 100000}
 pipeline: {in_flight: 4}
 network: {upload_share: 1.0}
 monitor: {wandb: disabled}
