@@ -55,6 +55,11 @@ class Source:
         self._offers: asyncio.Queue[tuple[pb.StateOffer, Buffer]] = asyncio.Queue(1)
         self._tasks = [asyncio.create_task(self._read())]
 
+    @property
+    def superseded(self) -> bool:
+        """Has a better way to the donor been found since?"""
+        return self._stream.superseded
+
     async def ask(self, step: int | None = None, *, begun: int | None = None) -> Offer:
         """What it has: the mean that closed `step`, or a state, of version `begun` or its newest.
 

@@ -97,6 +97,7 @@ class StateLoader:
         version, size = best.name[1], best.contents.size_bytes
         if version != self._stage.version or best.contents != await self._own_contents():
             began_s = asyncio.get_running_loop().time()
+            await asyncio.gather(*(self._reopen(source, version) for source in list(self._sources)))
             data = await self._download_state(best)
             await between_hops(self._compute, lambda: self._load(data, version))
             took_s = asyncio.get_running_loop().time() - began_s
@@ -175,6 +176,22 @@ class StateLoader:
             self._sources.remove(source)
             source.close()
             return error
+
+    async def _reopen(self, source: Source, version: int) -> None:
+        """Past the daemons, if that has become possible: the first stream to a peer goes through them."""
+        if not source.superseded or source.error is not None:
+            return
+        try:
+            stream = await self._network.open(source.peer, SERVICE, max_payload_bytes=CHUNK_BYTES)
+        except LinkError as error:
+            return log.debug("stays with its first stream: %s", error)
+        better = Source(stream, self._stage, self._notify)
+        self._sources[self._sources.index(source)] = better
+        source.close()
+        try:
+            await better.ask(begun=version)
+        except AveragingError as error:
+            self._drop(better, error)
 
     async def _next_mean(self) -> Offer | None:
         """Of the step after this stage's, if the donors have taken it. Raises AveragingError."""

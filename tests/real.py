@@ -57,7 +57,7 @@ class RealSwarm:
                 if state is not None:
                     break
             else:
-                raise AssertionError(f"no peer of stage {stage} has version {version}")
+                raise AssertionError(f"no peer of stage {stage} has version {version}\n{self.logs()}")
             prefix = "parameter/"
             whole |= {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         return whole
@@ -70,12 +70,16 @@ class RealSwarm:
         loader = StateLoader(at_stage(self.here.network, stage), copy, compute, replay=copy.replay)
         try:
             loaded = await loader.load([peer])
-        except AveragingError:
+        except AveragingError as error:
+            print(f"no state from {peer[-8:]}: {error}")
             return None
         finally:
             loader.release()
             compute.close()
-        return copy.state() if loaded and copy.version == version else None
+        if not loaded or copy.version != version:
+            print(f"{peer[-8:]}: loaded {loaded}, version {copy.version}")
+            return None
+        return copy.state()
 
     async def until(self, condition: Callable[[], bool], limit_s: float, what: str) -> None:
         end = time.monotonic() + limit_s

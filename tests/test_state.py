@@ -10,7 +10,8 @@ from torch import nn
 from averaging import virtual_time
 from averaging.bandwidth import UplinkMeter
 from averaging.errors import AveragingError, LinkError
-from averaging.memory_network import Link, MemoryHub
+from averaging.memory_network import Link, MemoryHub, MemoryStream
+from averaging.network import Scoped
 from swarm import swarm_pb2 as pb
 from swarm.chunks import Contents, chunks_of, hash_of
 from swarm.compute import VirtualCompute
@@ -185,6 +186,41 @@ def test_a_donor_that_has_yet_to_take_the_last_step_joins_in_when_it_has():
         assert await loading
         assert_same(newcomer, mates[1])
         assert max(each.donors for each in newcomer.loadings) == 2
+
+    simulate(test)
+
+
+class _Improving(Scoped):
+    """A network that finds a better way to every peer after the first stream to it."""
+
+    def __init__(self, network) -> None:
+        super().__init__(network, "")
+        self.network, self.opened = network, []
+
+    def _name(self, service: str) -> str:
+        return service
+
+    async def open(self, peer, service, **how):
+        stream = await super().open(peer, service, **how)
+        if peer not in self.opened:
+            stream.__class__ = _Superseded
+        self.opened.append(peer)
+        return stream
+
+
+class _Superseded(MemoryStream):
+    superseded = True
+
+
+def test_the_state_goes_over_the_better_way_that_was_found_meanwhile():
+    async def test(hub, now):
+        mates, newcomer = await donors_of(hub, 2), Mate(hub, "newcomer", seed=1)
+        network = newcomer.loader._network = _Improving(newcomer.network)
+        assert await newcomer.loader.load(names(mates))
+        assert sorted(network.opened) == sorted(names(mates) * 2)
+        assert not any(source.superseded for source in newcomer.loader._sources)
+        assert len(newcomer.loader._sources) == 2 and now() < DATA_BYTES / RATE / 2 * 1.15 + 1.5
+        assert_same(newcomer, mates[0])
 
     simulate(test)
 
