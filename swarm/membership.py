@@ -31,6 +31,7 @@ class Membership:
         """`own` is what to announce but for `progress`: the version, the speed, and the queue."""
         self._directory, self._own = directory, own
         self._progress, self._period_s = progress, period_s
+        self._begun_s = float("-inf")  # the last renewal
         self.loading = False  # announced only for others who look for a stage
         self.heading: int | None = None  # the stage that this peer is about to move to
         self.fixed = own.fixed
@@ -46,6 +47,7 @@ class Membership:
             pass
 
     async def _renewed(self) -> bool:
+        self._begun_s = asyncio.get_running_loop().time()
         try:
             await self._directory.announce(self._record())
             await self.read()  # after announcing: of two that start together, one sees the other
@@ -64,8 +66,8 @@ class Membership:
 
     async def keep(self) -> None:
         """Renew the record and read the roster, every period, until cancelled."""
-        while True:
-            await asyncio.sleep(self._period_s)
+        while True:  # from beginning to beginning: a slow renewal must not let the record expire
+            await asyncio.sleep(self._begun_s + self._period_s - asyncio.get_running_loop().time())
             await self._renewed()
 
     async def withdraw(self) -> None:

@@ -87,13 +87,17 @@ class Peer:
     async def join(self) -> None:
         """Build the stage, load its state, and announce it: hops may come from now on."""
         self.membership.loading = True
-        await self.membership.enter()
-        loading = asyncio.create_task(self.membership.keep())
+        announcing = asyncio.create_task(self._announce())
         try:
             await self.prepare()
         finally:
-            loading.cancel()
+            announcing.cancel()
         await self.serve()
+
+    async def _announce(self) -> None:
+        """That this peer comes."""
+        await self.membership.enter()
+        await self.membership.keep()
 
     async def prepare(self, *, tries: int | None = None) -> None:
         """Build the stage and load its state; nobody notices yet.

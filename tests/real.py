@@ -24,6 +24,7 @@ from swarm.stage import Stage
 from swarm.state import StateLoader
 from trainers.trainer import Trainer
 
+FOUND_S = 20.0
 STEPPED = re.compile(r"applied step (\d+) with .*, state (\w+)")
 
 
@@ -51,16 +52,20 @@ class RealSwarm:
         """The whole model, each stage's part from one of its living peers at `version`."""
         whole: dict[str, torch.Tensor] = {}
         for stage in range(self.config.model.stages):
-            records = await self.here.directory.roster(stage)
-            for record in records:
-                state = await self._state(record.peer, stage, version)
-                if state is not None:
-                    break
-            else:
-                raise AssertionError(f"no peer of stage {stage} has version {version}\n{self.logs()}")
+            state = await self._state_of(stage, version)
             prefix = "parameter/"
             whole |= {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         return whole
+
+    async def _state_of(self, stage: int, version: int) -> dict[str, torch.Tensor]:
+        end = time.monotonic() + FOUND_S
+        while time.monotonic() < end:  # a roster shows after a while what is
+            for record in await self.here.directory.roster(stage):
+                state = await self._state(record.peer, stage, version)
+                if state is not None:
+                    return state
+            await asyncio.sleep(0.5)
+        raise AssertionError(f"no peer of stage {stage} has version {version}\n{self.logs()}")
 
     async def _state(self, peer: PeerId, stage: int, version: int) -> dict[str, torch.Tensor] | None:
         """As a newcomer would load it; None if the peer is at another version or does not answer."""

@@ -1,4 +1,6 @@
 import copy
+import subprocess
+import sys
 from itertools import combinations, pairwise
 
 import pytest
@@ -49,6 +51,21 @@ def test_initial_parameters_do_not_depend_on_the_cut_or_the_process():
     parts = {n: p for s in make_stages(run, 3) for n, p in s.module.named_parameters()}
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[n], parts[n]) for n in whole)
+
+
+def test_a_newcomer_learns_what_stages_cost_without_making_torch_import_its_python_kernels():
+    program = """
+import sys
+from swarm.config import parse_run
+from swarm.model import build_stage, stage_costs
+model = parse_run("name: x\\nmodel: {width: 32, layers: 5, heads: 2, stages: 3}", source="f").model
+build_stage(model, 0, seed=0)
+before = set(sys.modules)
+assert stage_costs(model)[2] > 0
+print(len(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 10, "its event loop would stop for seconds, and all who call it"
 
 
 def test_parameter_names_are_those_of_hugging_faces_llama():

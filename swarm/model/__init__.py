@@ -12,14 +12,16 @@ business, not the module's. A user's own model plugs in with `model.factory: pac
 see `experiments/custom_model.py`.
 """
 
+import functools
 import hashlib
 import importlib
 import logging
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from swarm.config import ModelConfig
 from swarm.errors import ConfigError
@@ -30,27 +32,57 @@ StageFactory = Callable[[ModelConfig, int], nn.Module]
 
 def build_stage(config: ModelConfig, stage: int, *, seed: int) -> nn.Module:
     """The module of `stage` with parameters drawn from `seed`. Raises ConfigError for a bad factory."""
-    module = _factory(config.factory)(config, stage)
+    with _Uninitialised():
+        module = _factory(config.factory)(config, stage)
     initialise(module, config, seed)
     return module
 
 
-def stage_costs(config: ModelConfig) -> list[float]:
+@functools.cache  # asked for by every peer that a process has been
+def stage_costs(config: ModelConfig) -> tuple[float, ...]:
     """Multiply-adds per token of every stage, going forward: the values of its matrices.
 
     All equal for a model of the user's own whose modules cannot be built without memory.
     """
     try:
-        with torch.device("meta"):
-            return [_multiply_adds(_factory(config.factory)(config, stage)) for stage in range(config.stages)]
+        with _Uninitialised(torch.device("meta")):
+            factory = _factory(config.factory)
+            return tuple(_multiply_adds(factory(config, stage)) for stage in range(config.stages))
     except (RuntimeError, NotImplementedError) as error:
         log.info("the costs of stages are unknown (%s): all count alike", error)
-        return [1.0] * config.stages
+        return (1.0,) * config.stages
 
 
 def _multiply_adds(module: nn.Module) -> float:
     own = (each.parameters(recurse=False) for each in module.modules() if not isinstance(each, nn.Embedding))
     return float(max(1, sum(p.numel() for parameters in own for p in parameters if p.ndim > 1)))
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Modules are built without values of their own: `initialise` draws all of them.
+
+    On `device` the parameters need no memory. Anything but `torch.empty` stays on the processor: for some
+    operations on `meta` torch imports 800 modules of Python, which would stop the event loop of a newcomer,
+    and with it all who call it, for seconds.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.empty and self._device is not None:
+            kwargs["device"] = self._device
+        return func(*args, **kwargs)
 
 
 def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:

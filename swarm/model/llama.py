@@ -6,6 +6,8 @@ of all stages together is a Llama checkpoint and the other way round.
 B batch, T tokens, D width, H heads, K width of a head, V vocabulary
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,6 +23,11 @@ def layer_costs(config: ModelConfig) -> list[float]:
     costs = [float(attention + feed_forward)] * config.layers
     costs[-1] += config.width * config.vocabulary
     return costs
+
+
+@functools.cache  # the cut takes a second for 80 layers, and is asked for once per stage
+def _cut(config: ModelConfig) -> list[range]:
+    return partition(layer_costs(config), config.stages)
 
 
 class RotaryEmbedding(nn.Module):
@@ -98,7 +105,7 @@ class _Body(nn.Module):
 
     def __init__(self, config: ModelConfig, stage: int) -> None:
         super().__init__()
-        layers = partition(layer_costs(config), config.stages)[stage]
+        layers = _cut(config)[stage]
         if stage == 0:
             self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
         self.layers = nn.ModuleDict({str(index): Layer(config) for index in layers})
