@@ -121,7 +121,7 @@ class Averager:
         return mean
 
     def close(self) -> None:
-        """Close the kept streams."""
+        """Take no part any more."""
         self._participant.close()
 
 

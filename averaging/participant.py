@@ -225,20 +225,20 @@ class Participant:
 
     async def answers(self, peer: PeerId) -> bool:
         """Does it live? Its record does for a while, in any case."""
-        try:
-            await self.coordinator.query(peer, pb.StepQuery(step=self._version()))
-        except LinkError as error:
-            self._suspect(error)
-            return False
-        return True
+        return await self._asked(peer) is not None
 
     async def _version_of(self, peer: PeerId) -> int:
         """0 if it does not answer."""
+        info = await self._asked(peer)
+        return 0 if info is None else info.version
+
+    async def _asked(self, peer: PeerId) -> pb.StepInfo | None:
+        """Where a peer is, if it answers."""
         try:
-            return (await self.coordinator.query(peer, pb.StepQuery(step=self._version()))).version
+            return await self.coordinator.query(peer, pb.StepQuery(step=self._version()))
         except LinkError as error:
             self._suspect(error)
-            return 0
+            return None
 
     # one step
 

@@ -108,7 +108,7 @@ class Donor:
         peer = stream.remote
         lease = _Lease(stream, self._stage.version)
         try:
-            first = await self._heard(stream)
+            message = await self._heard(stream)
             known = self._leases.get(peer)
             if not self.available or (known is None and len(self._leases) >= LEASES):
                 no = pb.StateOffer(version=self._stage.version, busy=self.available)
@@ -119,9 +119,9 @@ class Donor:
                 known.stream.abort()
             self._leases[peer] = lease
             async with kept_alive(stream, ALIVE, SILENCE_S):  # also while a large state is packed
-                await self._answer(stream, lease, first)
-                while (message := await self._heard(stream)) is not None:
+                while message is not None:
                     await self._answer(stream, lease, message)
+                    message = await self._heard(stream)
             await stream.finish()
             self._end(peer, lease)
         except (LinkError, ProtocolError) as error:
@@ -142,15 +142,13 @@ class Donor:
         except DecodeError:
             raise ProtocolError(stream.remote, "malformed request for a state") from None
 
-    async def _answer(self, stream: Stream, lease: _Lease, message: pb.FromNewcomer | None) -> None:
-        match message and message.WhichOneof("content"):
+    async def _answer(self, stream: Stream, lease: _Lease, message: pb.FromNewcomer) -> None:
+        match message.WhichOneof("content"):
             case "ask":
-                assert message is not None
                 if message.ask.stage != self._stage.stage:
                     raise ProtocolError(stream.remote, f"asks for stage {message.ask.stage}")
                 await self._offer(stream, lease, message.ask)
             case "chunk":
-                assert message is not None
                 await self._send_chunk(stream, lease, message.chunk)
             case "joined" if lease.given is not None and not lease.has_joined:
                 lease.has_joined = True
@@ -188,16 +186,17 @@ class Donor:
             usable = [v for v in self._states if self._means.keys() >= {*range(v, version)}]
             if begun in usable:
                 return self._states[begun]
-            if version not in self._states and usable and len(self._states) >= KEPT_STATES:
+            if version in self._states:
+                return self._states[version]
+            if usable and len(self._states) >= KEPT_STATES:
                 return self._states[max(usable)]
-            if version not in self._states and len(self._states) >= MOST_STATES:
+            if len(self._states) >= MOST_STATES:
                 return None
-            if version not in self._states:
-                version, data = await between_hops(
-                    self._compute, lambda: (self._stage.version, serialized(self._stage))
-                )
-                self._states[version] = await _given((False, version), data)
-            return self._states[version]
+            version, data = await between_hops(
+                self._compute, lambda: (self._stage.version, serialized(self._stage))
+            )
+            given = self._states[version] = await _given((False, version), data)
+            return given
 
     async def _mean(self, step: int) -> Given | None:
         async with self._packing:

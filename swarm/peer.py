@@ -271,7 +271,7 @@ class Peer:
 
     def _donors(self) -> Sequence[PeerId]:
         """Who may have a state, the newest first, the rest in no order: not all newcomers ask the same."""
-        able = [record for record in self.membership.others.values() if not record.aggregates_only]
+        able = [record for record in self.membership.others.values() if record.serves]
         self._rng.shuffle(able)
         return [record.peer for record in sorted(able, key=lambda record: -record.version)]
 

@@ -41,6 +41,11 @@ class PeerRecord(BaseModel):
     announced_s: float = Field(0.0, ge=0, description="wall clock of the announcement")
     aggregates_only: bool = Field(False, description="serves no hops and has no state")
 
+    @property
+    def serves(self) -> bool:
+        """Does it take hops, and have a state?"""
+        return not self.loading and not self.aggregates_only
+
     def pack(self) -> bytes:
         """As bytes; addresses at the end are left out if there is no room for them."""
         data = self.model_dump_json(exclude_defaults=True).encode()

@@ -68,8 +68,7 @@ class StateLoader:
         self._replay, self._on_loading = replay, on_loading
         self._sources: list[Source] = []
         self.outrun = False  # the donors have taken more steps than they keep the means of
-        self._begun: Download | None = None  # of a state, whose donors were lost
-        self._begun_version: int | None = None
+        self._begun: tuple[Offer, Download] | None = None  # a state whose donors were lost
         self._lost: dict[PeerId, str] = {}  # that have left transfers unfinished, and why: better ask others
         self._finishing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -92,8 +91,7 @@ class StateLoader:
             if unheard is not None:
                 raise unheard
             return False
-        begun = (offer for offer in offers if self._begun and offer.contents == self._begun.contents)
-        best = next(begun, None) or _most_held(offers)
+        best = self._begun[0] if self._begun and self._begun[0] in offers else _most_held(offers)
         version, size = best.name[1], best.contents.size_bytes
         if version != self._stage.version or best.contents != await self._own_contents():
             began_s = asyncio.get_running_loop().time()
@@ -112,7 +110,7 @@ class StateLoader:
 
     async def follow(self) -> bool:
         """Take the steps that the donors have taken meanwhile; True if that brought the stage forward."""
-        before, self.outrun = self._stage.version, False
+        before = self._stage.version
         try:
             while (offer := await self._next_mean()) is not None:
                 step = self._stage.version
@@ -171,7 +169,7 @@ class StateLoader:
         source = Source(stream, self._stage, self._notify)
         self._sources.append(source)
         try:
-            return await source.ask(begun=self._begun_version)
+            return await source.ask(begun=self._begun[0].name[1] if self._begun else None)
         except AveragingError as error:
             self._sources.remove(source)
             source.close()
@@ -194,20 +192,19 @@ class StateLoader:
             self._drop(better, error)
 
     async def _next_mean(self) -> Offer | None:
-        """Of the step after this stage's, if the donors have taken it. Raises AveragingError."""
-        step, donors = self._stage.version, list(self._sources)
-        self.outrun = False
-        asked = await asyncio.gather(*(self._ask_mean(source, step) for source in donors))
-        offers = [offer for offer in asked if offer is not None]
-        self.outrun = self.outrun and not offers
+        """Of the step after this stage's, if the donors have taken it."""
+        step, sources = self._stage.version, list(self._sources)
+        asked = await asyncio.gather(*(self._ask_mean(source, step) for source in sources))
+        offers = [found for found in asked if isinstance(found, Offer)]
+        self.outrun = not offers and any(isinstance(found, int) and found > step for found in asked)
         return _most_held(offers) if offers else None
 
-    async def _ask_mean(self, source: Source, step: int) -> Offer | None:
+    async def _ask_mean(self, source: Source, step: int) -> Offer | int | None:
+        """The mean of `step`, or else where the donor is, if it answers."""
         try:
             return await source.ask(step)
         except NothingError as error:
-            self.outrun |= error.version > step
-            return None
+            return error.version
         except AveragingError as error:
             self._drop(source, error)
             return None
@@ -225,10 +222,10 @@ class StateLoader:
 
     async def _download_state(self, offer: Offer) -> bytearray:
         """Go on with what was begun, if it is that."""
-        if self._begun is None or self._begun.contents != offer.contents:
-            self._begun, self._begun_version = Download(offer.contents), offer.name[1]
-        data = await self._download(f"version {offer.name[1]}", offer, self._begun)
-        self._begun = self._begun_version = None
+        if self._begun is None or self._begun[0] != offer:
+            self._begun = offer, Download(offer.contents)
+        data = await self._download(f"version {offer.name[1]}", offer, self._begun[1])
+        self._begun = None
         return data
 
     async def _download(self, what: str, offer: Offer, download: Download) -> bytearray:

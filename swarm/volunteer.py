@@ -179,7 +179,7 @@ class Volunteer:
     async def _serving(self, stage: int) -> list[PeerRecord]:
         """The others that serve a stage, by the roster. Raises LinkError."""
         others = await self._directory.roster(stage)
-        return [o for o in others if o.peer != self._me and not o.loading and not o.aggregates_only]
+        return [other for other in others if other.peer != self._me and other.serves]
 
 
 async def read_rosters(directory: Directory, stages: int) -> list[list[PeerRecord]]:

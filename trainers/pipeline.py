@@ -138,8 +138,7 @@ class Pipeline:
                     continue
                 for record in records:
                     banned = self._wirings[stage].is_banned(record.peer, self._clock())
-                    serves = not record.aggregates_only and not record.loading
-                    if record.peer not in self._watched and not banned and serves:
+                    if record.peer not in self._watched and not banned and record.serves:
                         self._stage_of[record.peer] = stage
                         task = asyncio.create_task(self._watch(stage, record.peer))
                         self._watched[record.peer] = task
