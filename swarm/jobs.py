@@ -108,6 +108,8 @@ class HopJobs:
         hop.gradient = None if grad_x is None else Sent(self._codec.encode(grad_x), tuple(grad_x.shape))
         if self._stage.stage in hop.route.accumulated or hop.route.microbatch in self._stage.history:
             hop.step = self._stage.accumulator.step  # it only supplies its neighbours
+        elif (held := self._stage.holds(hop.route.microbatch)) is not None:
+            hop.step, hop.counted = held.step, True  # a stage mate that left has handed it over
         else:
             hop.step = self._stage.accumulate(hop.route.microbatch, gradients, hop.push.token_count)
             hop.counted = True

@@ -161,6 +161,61 @@ def parse_push(sender: PeerId, push: pb.Push, *, vocabulary: int) -> Push:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """The gradients that a leaving peer has accumulated; their sum follows."""
+
+    step: int
+    tokens: int
+    codec: Codec
+    routes: tuple[Route, ...]  # whose they are; they lead nowhere
+
+    def pack(self, stage: int) -> bytes:
+        trainers = list(dict.fromkeys((route.trainer, route.session) for route in self.routes))
+        number = {trainer: index for index, trainer in enumerate(trainers)}
+        return pb.Handover(
+            stage=stage,
+            step=self.step,
+            tokens=self.tokens,
+            codec=self.codec.number,
+            sessions=[pb.TrainerSession(trainer=t, session=s) for t, s in trainers],
+            microbatches=[
+                pb.HandedOver(
+                    microbatch=route.microbatch,
+                    session=number[route.trainer, route.session],
+                    attempt=route.attempt,
+                )
+                for route in self.routes
+            ],
+        ).SerializeToString()
+
+
+def parse_handover(sender: PeerId, data: bytes, *, stage: int, most_tokens: float) -> Handover:
+    """Validate the header of a handover. Raises RejectedError."""
+    try:
+        said = pb.Handover.FromString(data)
+        codec = codec_by_number(said.codec)
+    except (DecodeError, CodecError) as error:
+        raise RejectedError(sender, f"malformed handover: {error}") from None
+    _require(said.stage == stage, sender, f"hands over gradients of stage {said.stage}")
+    _require(0 < said.tokens <= most_tokens, sender, f"hands over gradients of {said.tokens} tokens")
+    ids = {each.microbatch for each in said.microbatches}
+    _require(len(ids) == len(said.microbatches) > 0, sender, "hands over a microbatch twice, or none")
+    routes = []
+    for each in said.microbatches:
+        _require(each.session < len(said.sessions), sender, "hands over a microbatch of nobody")
+        whose = said.sessions[each.session]
+        route = pb.Route(
+            microbatch=each.microbatch,
+            session=whose.session,
+            trainer=whose.trainer,
+            attempt=each.attempt,
+            peers=[sender],
+        )
+        routes.append(parse_route(sender, route))
+    return Handover(said.step, said.tokens, codec, tuple(routes))
+
+
 def pack_event(kind: int, route: Route, **details: object) -> bytes:
     """A watch frame with an event about `route`'s microbatch."""
     event = pb.Event(kind=kind, microbatch=route.microbatch, attempt=route.attempt, **details)  # type: ignore[arg-type]

@@ -6,13 +6,15 @@
         serve hops, watch streams, state and averaging     (handlers on the network)
         close one step after the other                     (`Updater.run`)
         announce again, read the roster                    (`Membership.keep`)
-    leave: withdraw the record, refuse new hops, say goodbye to the trainers
+    leave: refuse new hops, finish those under way, hand the gradients to a stage mate,
+        withdraw the record, say goodbye to the trainers
 
 I/O: everything on one event loop but torch, which the compute thread owns. The same class runs in virtual
 time on the in-memory twins.
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -21,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from averaging.bandwidth import UplinkMeter
+from averaging.codecs import CODECS
 from averaging.errors import AveragingError, BehindError
 from averaging.network import Network, PeerId
 from swarm import swarm_pb2 as pb
@@ -28,13 +31,15 @@ from swarm.compute import Compute, between_hops
 from swarm.config import RunConfig
 from swarm.directory import Directory
 from swarm.donor import Donor
+from swarm.handover import Heir, hand_over
 from swarm.membership import Membership
+from swarm.messages import Handover
 from swarm.model import build_stage, stage_costs
 from swarm.records import MAX_ADDRESSES, PeerRecord
 from swarm.scope import at_stage
 from swarm.server import HopServer
 from swarm.speed import SpeedMeter
-from swarm.stage import Stage
+from swarm.stage import Accumulator, Stage
 from swarm.state import Loading, NoDonorError, StateLoader
 from swarm.update import AppliedStep, Updater
 
@@ -81,7 +86,7 @@ class Peer:
         self._seen, self._tokens_per_s = (0.0, clock()), 0.0
         self._speed = SpeedMeter(stage_costs(config.model)[stage])
         self._busy_before_s = compute.busy_s
-        self._has_stepped = asyncio.Event()
+        self._stepping: asyncio.Task[None] | None = None
         self._join_s = 0.0  # from asking for the state to the first microbatch that counted here
 
     async def join(self) -> None:
@@ -143,6 +148,14 @@ class Peer:
             replay=self.updater.replay,
             on_loading=self._on_loading,
         )
+        self._heir = Heir(
+            self._network,
+            self.stage,
+            self._compute,
+            self.server,
+            self.config,
+            mates=self.membership.others.keys,
+        )
         self.server.on_progress = self._progressed
         self._asked_s = self._clock()
         while not await self._has_state():
@@ -160,6 +173,7 @@ class Peer:
         self.server.announced_version = self.stage.version
         await self.server.start()
         await self.updater.start()
+        await self._heir.start()
         await self._donor.start()
         self._donor.available = True
         self.membership.loading = False
@@ -186,28 +200,61 @@ class Peer:
     async def run(self) -> None:
         """Take part until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.updater.run())
+            self._stepping = tasks.create_task(self.updater.run())
             tasks.create_task(self.membership.keep())
 
     async def leave(self) -> None:
-        """Withdraw, refuse new hops, let trainers and stage mates know."""
+        """Finish, hand over what is accumulated, let all know; while `run` goes on, which takes no more steps
+        then. Bounded by `leave_s` and a goodbye."""
         if not hasattr(self, "server"):  # it never came to that
             return await self.membership.withdraw()
         self.server.draining = True
+        leave_s = self.config.network.leave_s
+        try:
+            if self._stepping is not None and not self._stepping.done():
+                async with asyncio.timeout(leave_s):
+                    await self._finish(self._stepping, leave_s)
+        except TimeoutError:
+            log.warning("not all could be finished within %.0f s", leave_s)
         await self.membership.withdraw()
         await self.server.say_goodbye()
         self.close()
 
-    async def stepped(self) -> None:
-        """Wait for the next step that this peer takes."""
-        self._has_stepped.clear()
-        await self._has_stepped.wait()
+    async def _finish(self, stepping: "asyncio.Task[None]", leave_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(leave_s / 2):
+                await self.server.idle()
+        undecided = True  # is what was frozen in a step?
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(leave_s / 4):
+                await self.updater.between_plans()
+                undecided = False
+        stepping.cancel()
+        await asyncio.wait([stepping])
+        held = await between_hops(self._compute, lambda: self.stage.part_with(frozen=not undecided))
+        if held.microbatches and self.server.may_count(held):
+            await self._hand_over(held)
+
+    async def _hand_over(self, held: Accumulator) -> None:
+        routes = self.server.part_with(held)
+        codec = CODECS[self.config.averaging.codec]
+        if codec.lossy:  # what is lost now is never made good: no coarser than this
+            codec = CODECS["int8"]
+        offered = Handover(held.step, held.tokens, codec, tuple(routes))
+        vector = await between_hops(self._compute, lambda: self.stage.vector(held))
+        mates = [mate for mate in self._donors() if self.membership.others[mate].heading is None]
+        given = await hand_over(self._network, offered, vector, mates, stage=self._stage_number)
+        if given is not None:
+            mate, step = given
+            log.info("handed %d microbatches over to %s", len(routes), mate[-8:])
+            self.server.handed_over(routes, mate, step)
 
     def close(self) -> None:
         """Stop at once; the compute thread is its owner's."""
         if hasattr(self, "_loader"):
             self._loader.release()
             self._donor.close()
+            self._heir.close()
             self.server.close()
             self.updater.close()
 
@@ -287,5 +334,4 @@ class Peer:
 
     def _stepped(self, done: AppliedStep) -> None:
         self._loader.release()  # whoever takes steps with the others has what it needs
-        self._has_stepped.set()
         self._on_step(done)

@@ -102,19 +102,28 @@ async def serve(options: PeerOptions) -> int:
 async def _take_part(
     peer: Volunteer | Auxiliary, here: Joined, manifest: Manifest, *, on_joined: Callable[[], None]
 ) -> None:
-    """Join, and serve until cancelled; leave in any case."""
+    """Join, and serve until cancelled; leave in any case, while it still serves."""
+    serving: asyncio.Task[None] | None = None
     try:
         await peer.join()
         on_joined()
         log.info("others may also join through %s", best_address(here.addresses))
-        sender = MetricsSender(here.network, manifest.organizer, kind="peer", values=peer.metrics)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(peer.run())
-            tasks.create_task(sender.run(manifest.config.monitor.period_s))
-            tasks.create_task(watch_daemon(here.network))
+        serving = asyncio.create_task(_serve(peer, here, manifest))
+        await asyncio.shield(serving)
     finally:
         log.info("leaving")
         await asyncio.shield(peer.leave())
+        if serving is not None:
+            serving.cancel()
+            await asyncio.wait([serving])
+
+
+async def _serve(peer: Volunteer | Auxiliary, here: Joined, manifest: Manifest) -> None:
+    sender = MetricsSender(here.network, manifest.organizer, kind="peer", values=peer.metrics)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(peer.run())
+        tasks.create_task(sender.run(manifest.config.monitor.period_s))
+        tasks.create_task(watch_daemon(here.network))
 
 
 class _Place(TypedDict):

@@ -47,6 +47,7 @@ from swarm.watch import Session, Watchers
 
 SERVICE = "hop"  # of every stage
 EVERY_ATTEMPT = 2**32 - 1
+IDLE_LOOK_S = 0.02
 MAX_CANCELLED = 256  # microbatches in one request
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ class HopServer:
         self.draining = False
         self.announced_version = 0  # the version that trainers have been told of, after what led to it
         self.orphans: set[bytes] = set()  # accumulated here, but their trainer may have re-issued them
+        self._taken: dict[bytes, Route] = {}  # accumulated by stage mates that left, and in a sum here now
+        self._given: set[bytes] = set()  # accumulated here, and on their way to a stage mate
         self.on_progress: Callable[[], None] = lambda: None  # called when there is more to report
 
     async def start(self) -> None:
@@ -235,8 +238,10 @@ class HopServer:
             if hop is not None and hop.job is not None and not hop.job.cancel():
                 await asyncio.gather(asyncio.wrap_future(hop.job), return_exceptions=True)
                 await asyncio.sleep(0)  # let the job's own continuation record what it did
-            if hop is not None and any(microbatch in s.microbatches for s in self._stage.sums):
-                answer.accumulated.add(microbatch=microbatch, step=hop.step, loss=hop.loss)
+            held = self._stage.holds(microbatch)
+            if microbatch in self._given or (held and self._route_of(microbatch)):
+                step, loss = (hop.step, hop.loss) if hop is not None else (held.step if held else 0, 0.0)
+                answer.accumulated.add(microbatch=microbatch, step=step, loss=loss)
             else:
                 self._drop_if_of(sender, message.session, microbatch, attempts.get(microbatch))
         return answer.SerializeToString()
@@ -257,6 +262,7 @@ class HopServer:
     def forget_released(self, microbatches: Iterable[bytes]) -> None:
         """These are in a step now: nothing of the released ones among them is needed any more."""
         for microbatch in microbatches:
+            self._taken.pop(microbatch, None)
             hop = self.mailbox.get(microbatch)
             if hop is not None and hop.released:
                 self._drop(microbatch, EVERY_ATTEMPT)
@@ -283,8 +289,22 @@ class HopServer:
                 else:  # done in the compute thread before the next job of a step can begin
                     hop.job.add_done_callback(functools.partial(self._note_orphan, hop))
 
+        for microbatch, route in list(self._taken.items()):
+            if (route.trainer, route.session) == (session.trainer, session.key):
+                del self._taken[microbatch]
+                if not session.goodbye:
+                    self.orphans.add(microbatch)
+
     def _may_accumulate(self, hop: Hop) -> bool:
-        return self.watchers.may_accumulate(hop.route.trainer, hop.route.session)
+        return self._is_live(hop.route)
+
+    def _is_live(self, route: Route) -> bool:
+        return self.watchers.may_accumulate(route.trainer, route.session)
+
+    def _route_of(self, microbatch: bytes) -> Route | None:
+        """Of what is accumulated here."""
+        hop = self.mailbox.get(microbatch)
+        return self._taken.get(microbatch) if hop is None else hop.route
 
     def _note_orphan(self, hop: Hop, job: object = None) -> None:
         if hop.counted:
@@ -296,11 +316,11 @@ class HopServer:
         Not with gradients that their trainer, unheard for a lease, has given to others, and not with such
         as are in a step already.
         """
-        hops = (self.mailbox.get(microbatch) for microbatch in accumulator.microbatches)
+        routes = (self._route_of(microbatch) for microbatch in accumulator.microbatches)
         return (
             self.orphans.isdisjoint(accumulator.microbatches)
             and not self._stage.history.touches(accumulator.microbatches)
-            and all(hop is None or self._may_accumulate(hop) for hop in hops)
+            and all(route is None or self._is_live(route) for route in routes)
         )
 
     def told_history(self) -> list[pb.Stepped]:
@@ -317,18 +337,53 @@ class HopServer:
     def moved_to_step(self, accumulator: Accumulator) -> None:
         """Tell the trainers that what was accumulated for an earlier step counts in this one."""
         for microbatch in accumulator.microbatches:
-            hop = self.mailbox.get(microbatch)
+            hop, route = self.mailbox.get(microbatch), self._route_of(microbatch)
             if hop is not None:
                 hop.step = accumulator.step
-                self._report(hop, pb.BACKWARDED, step=hop.step, loss=hop.loss)
+            if route is not None:
+                loss = 0.0 if hop is None else hop.loss
+                self._say(route, pb.BACKWARDED, step=accumulator.step, loss=loss)
 
     def lost_gradients(self, microbatches: Iterable[bytes]) -> None:
         """Tell the trainers that what was accumulated is gone: it is to be computed again."""
         for microbatch in microbatches:
-            hop = self.mailbox.get(microbatch)
-            if hop is not None:
-                self._report(hop, pb.DROPPED, reason="its accumulated gradient was given up")
+            if (route := self._route_of(microbatch)) is not None:
+                self._say(route, pb.DROPPED, reason="its accumulated gradient was given up")
+                self._taken.pop(microbatch, None)
                 self._drop(microbatch)
+
+    # leaving
+
+    async def idle(self) -> None:
+        """Wait until what is under way here is accumulated and sent on."""
+        while self._pushes or any(  # noqa: ASYNC110 - for seconds, once in a peer's life
+            hop.phase not in (Phase.WAITING, Phase.ACCUMULATED) and not hop.route.evaluate
+            for hop in self.mailbox
+        ):
+            await asyncio.sleep(IDLE_LOOK_S)
+
+    def part_with(self, held: Accumulator) -> list[Route]:
+        """Whose gradients these are; they are on their way to a stage mate from now on."""
+        self._given.update(held.microbatches)
+        routes = map(self._route_of, held.microbatches)
+        return [route for route in routes if route is not None]
+
+    def handed_over(self, routes: Iterable[Route], to: PeerId, step: int) -> None:
+        """Tell the trainers who has the gradients now."""
+        for route in routes:
+            self.counters["handed_over"] += 1
+            self._say(route, pb.HANDED_OVER, target=to, step=step)
+
+    def has_room_for(self, routes: Iterable[Route]) -> bool:
+        """May gradients of these microbatches be taken over: are their trainers heard?"""
+        return not self.draining and all(map(self._is_live, routes))
+
+    def taken_over(self, routes: Iterable[Route]) -> None:
+        """Gradients of a stage mate that leaves are in a sum here now."""
+        for route in routes:
+            self.counters["taken_over"] += 1
+            self._taken[route.microbatch] = route
+        self.on_progress()
 
     # one hop
 
@@ -494,5 +549,7 @@ class HopServer:
         return parsed.status, parsed.reason
 
     def _report(self, hop: Hop, kind: int, *, route: Route | None = None, **details: object) -> None:
-        route = route or hop.route
+        self._say(route or hop.route, kind, **details)
+
+    def _say(self, route: Route, kind: int, **details: object) -> None:
         self.watchers.say(route.trainer, route.session, pack_event(kind, route, **details))

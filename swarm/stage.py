@@ -184,6 +184,30 @@ class Stage:
         elif given_up is self.accumulator:
             self.accumulator = self.empty(given_up.step)
 
+    def part_with(self, *, frozen: bool) -> Accumulator:
+        """Take out what is accumulated, and of an abandoned plan what is `frozen`; what comes now is new."""
+        if frozen:
+            self.thaw()
+        held, self.accumulator = self.accumulator, self.empty(self.accumulator.step)
+        return held
+
+    def take_over(self, vector: torch.Tensor, tokens: int, microbatches: Collection[bytes]) -> int:
+        """Add the sum [values] that a stage mate had accumulated; returns the step it counts in now."""
+        parts = self._layout.parted(vector.to(self.device)).values()
+        torch._foreach_add_(self.accumulator.sums, list(parts))
+        self.accumulator.tokens += tokens
+        self.accumulator.microbatches += microbatches
+        return self.accumulator.step
+
+    def holds(self, microbatch: bytes) -> Accumulator | None:
+        """The sum that its gradient is in."""
+        return next((held for held in self.sums if microbatch in held.microbatches), None)
+
+    @staticmethod
+    def vector(held: Accumulator) -> torch.Tensor:
+        """A sum as one flat float32 CPU vector [values]."""
+        return torch.cat([s.reshape(-1) for s in held.sums]).cpu()
+
     @staticmethod
     def mean(frozen: Accumulator) -> torch.Tensor:
         """The mean gradient per token as one flat float32 CPU vector [values]; zeros without tokens."""

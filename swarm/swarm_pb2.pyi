@@ -36,6 +36,7 @@ class EventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PUSH_FAILED: _ClassVar[EventKind]
     DROPPED: _ClassVar[EventKind]
     ARRIVED: _ClassVar[EventKind]
+    HANDED_OVER: _ClassVar[EventKind]
 FORWARD: Direction
 BACKWARD: Direction
 TRAIN: Mode
@@ -54,6 +55,7 @@ EVALUATED: EventKind
 PUSH_FAILED: EventKind
 DROPPED: EventKind
 ARRIVED: EventKind
+HANDED_OVER: EventKind
 
 class Route(_message.Message):
     __slots__ = ("microbatch", "session", "trainer", "attempt", "peers", "forward_until", "backward_until", "mode", "step", "accumulated")
@@ -268,6 +270,50 @@ class FromDonor(_message.Message):
     offer: StateOffer
     chunk: StateChunk
     def __init__(self, alive: _Optional[bool] = ..., offer: _Optional[_Union[StateOffer, _Mapping]] = ..., chunk: _Optional[_Union[StateChunk, _Mapping]] = ...) -> None: ...
+
+class Handover(_message.Message):
+    __slots__ = ("stage", "step", "tokens", "codec", "sessions", "microbatches")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    step: int
+    tokens: int
+    codec: int
+    sessions: _containers.RepeatedCompositeFieldContainer[TrainerSession]
+    microbatches: _containers.RepeatedCompositeFieldContainer[HandedOver]
+    def __init__(self, stage: _Optional[int] = ..., step: _Optional[int] = ..., tokens: _Optional[int] = ..., codec: _Optional[int] = ..., sessions: _Optional[_Iterable[_Union[TrainerSession, _Mapping]]] = ..., microbatches: _Optional[_Iterable[_Union[HandedOver, _Mapping]]] = ...) -> None: ...
+
+class TrainerSession(_message.Message):
+    __slots__ = ("trainer", "session")
+    TRAINER_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    trainer: str
+    session: bytes
+    def __init__(self, trainer: _Optional[str] = ..., session: _Optional[bytes] = ...) -> None: ...
+
+class HandedOver(_message.Message):
+    __slots__ = ("microbatch", "session", "attempt")
+    MICROBATCH_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    microbatch: bytes
+    session: int
+    attempt: int
+    def __init__(self, microbatch: _Optional[bytes] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class HandoverReply(_message.Message):
+    __slots__ = ("status", "reason", "step")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    status: Status
+    reason: str
+    step: int
+    def __init__(self, status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Metrics(_message.Message):
     __slots__ = ("json",)

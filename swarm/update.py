@@ -106,6 +106,8 @@ class Updater:
         self._rank_from = whole_steps if rank_from is None else rank_from
         self.state_hash = b""
         self.changed = asyncio.Event()
+        self._free = asyncio.Event()  # no plan holds what is accumulated here
+        self._free.set()
         self.counters: Counter[str] = Counter()
         self.participant = Participant(
             network=network,
@@ -142,6 +144,11 @@ class Updater:
                 log.info("step %d: %s", self._stage.version, error)
                 await self._catch_up(error)
 
+    async def between_plans(self) -> None:
+        """Wait until no plan holds what is accumulated here; it is so until the event loop goes on."""
+        while not self._free.is_set():
+            await self._free.wait()
+
     # one step
 
     @property
@@ -167,6 +174,7 @@ class Updater:
             await self._give_up(held)
 
     async def freeze(self) -> Contribution:
+        self._free.clear()
         if not self._config.training.delayed_updates:
             self._compute.hold(True)
         frozen = await between_hops(self._compute, self._stage.freeze)
@@ -187,6 +195,7 @@ class Updater:
         return Contribution(sketches, weight, self._frozen_ids, then=second)
 
     def abandoned(self, *, duplicate: bool) -> None:
+        self._free.set()
         self._compute.hold(False)
         self.counters["abandoned_plans"] += 1
         if duplicate:
@@ -211,6 +220,7 @@ class Updater:
             self.state_hash, vector = await between_hops(self._compute, apply_and_hash)
         finally:
             self._compute.hold(False)
+            self._free.set()
         self._keep(step, vector, mean.ids)
         self.counters["averaging_bytes"] += mean.sent_bytes
         self.participant.coordinator.step_closed(self._stage.version)

@@ -3,13 +3,12 @@
     choose      the weakest stage, unless the user has chosen
     look        at all rosters, every now and then; everybody decides by the same rule (`swarm.rebalance`)
     move        say so; load the state of the new stage while the old one is still served;
-                when a step has closed, and others still serve the old stage, serve the new one and leave it
+                while others still serve the old stage, serve the new one and leave it
 
 I/O: the directory; one event loop.
 """
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections import Counter
@@ -29,7 +28,6 @@ from swarm.records import PeerRecord
 
 TRIES = 3  # to get the state of another stage, before a move is given up
 ASKED = 8  # stage mates, whether they live
-STEP_S = 30.0  # that a mover waits for a step to close: what it has accumulated is lost otherwise
 log = logging.getLogger(__name__)
 
 
@@ -52,6 +50,7 @@ class Volunteer:
         self._costs = stage_costs(config.model)
         self._said = ""
         self._next: Peer | None = None  # while it takes over
+        self._leaves = False  # the run, not only a stage
         self._done = Counter[str]()  # by the peers before the present one
         self.moves = 0
 
@@ -90,14 +89,15 @@ class Volunteer:
                 serving = tasks.create_task(self.peer.run())
                 self._next, stage = await self._successor()
                 await self._next.serve()  # before it leaves: in between, others would think it gone
+                await self.peer.leave()
                 serving.cancel()
-            await self.peer.leave()
             log.info("moved from stage %d to stage %d", self.stage, stage)
             self._done += self.peer.counters
             self.peer, self.stage, self.moves, self._next = self._next, stage, self.moves + 1, None
 
     async def leave(self) -> None:
-        """Leave the run; no-op before a stage was chosen."""
+        """Leave the run, while `run` goes on; no-op before a stage was chosen."""
+        self._leaves = True
         for peer in (self.peer, self._next) if hasattr(self, "peer") else ():
             if peer is not None:
                 await peer.leave()
@@ -157,11 +157,7 @@ class Volunteer:
             await self.peer.membership.enter()
             successor = self._make_peer(target)
             await successor.prepare(tries=TRIES)
-            if await self._serving(target):  # else nothing goes on before this peer does
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(STEP_S):
-                        await self.peer.stepped()
-            if await self._others_stay():
+            if await self._others_stay() and not self._leaves:
                 found, successor = successor, None
                 return found
             log.info("staying in stage %d: nobody else serves it any more", self.stage)

@@ -25,6 +25,7 @@ from swarm import swarm_pb2 as pb
 from swarm.config import NetworkConfig
 
 SERVICE = "watch"
+GOODBYE_S, LOOK_S = 1.0, 0.01
 MAX_EVENTS = 20_000  # for a trainer that does not read: its session ends
 MAX_SESSIONS, SESSIONS_EACH = 64, 4
 
@@ -39,7 +40,8 @@ class Session:
     events: deque[bytes] = field(default_factory=deque)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     open: list[Stream] = field(default_factory=list)
-    goodbye: bool = False
+    goodbye: bool = False  # of the trainer
+    leaving: bool = False  # this peer
 
     def say(self, frame: bytes) -> None:
         self.events.append(frame)
@@ -140,7 +142,7 @@ class Watchers:
         """Send events as they come, and a heartbeat every period."""
         loop = asyncio.get_running_loop()
         next_beat_s = loop.time()
-        while not session.goodbye:
+        while not (session.goodbye or (session.leaving and not session.events)):
             while session.events:
                 await stream.send(session.events[0])
                 session.events.popleft()
@@ -168,14 +170,20 @@ class Watchers:
         speaking.cancel()
 
     async def say_goodbye(self) -> None:
-        """Tell every trainer that watches that this peer leaves."""
-        for session in list(self._sessions.values()):
-            for stream in list(session.open):
-                try:
-                    async with asyncio.timeout(1):
-                        await stream.finish()
-                except (LinkError, TimeoutError):
-                    stream.abort()
+        """Tell every trainer that watches that this peer leaves, after all that it has to say."""
+        await asyncio.gather(*map(self._part_from, list(self._sessions.values())))
+
+    async def _part_from(self, session: Session) -> None:
+        session.leaving = True
+        session.changed.set()
+        for stream in list(session.open):
+            try:
+                async with asyncio.timeout(GOODBYE_S):
+                    while session.events:  # noqa: ASYNC110 - for a second, once in a peer's life
+                        await asyncio.sleep(LOOK_S)
+                    await stream.finish()
+            except (LinkError, TimeoutError):
+                stream.abort()
 
     def _expire(self, session: Session) -> None:
         """End the session if nobody watches and its lease is over; look again when it will be."""

@@ -45,8 +45,8 @@ class RealSwarm:
     def living(self, stage: int | None = None) -> list[Child]:
         return [p for p in self.peers if p.running and is_serving(p) and (stage is None or p.stage == stage)]
 
-    def kill(self, peer: Child) -> None:
-        peer.process.send_signal(signal.SIGKILL)
+    def kill(self, peer: Child, number: signal.Signals = signal.SIGKILL) -> None:
+        peer.process.send_signal(number)
 
     async def parameters(self, version: int) -> dict[str, torch.Tensor]:
         """The whole model, each stage's part from one of its living peers at `version`."""

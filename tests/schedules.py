@@ -19,6 +19,7 @@ from trainers import events as ev
 from trainers.ledger import Ledger
 
 MICROBATCHES = 40
+FAULTS = ["kill", "kill", "kill two", "terminate", "terminate", "hang", "hang long", "cut", "cut trainer"]
 S = TypeVar("S", bound="Schedule")
 
 
@@ -151,12 +152,12 @@ class Schedule:
         sim = self.sim
         for _ in range(self.rng.randint(1, 4)):
             await asyncio.sleep(self.rng.uniform(0.1, 4))
-            what = self.rng.choice(["kill", "kill", "kill two", "hang", "hang long", "cut", "cut trainer"])
+            what = self.rng.choice(FAULTS)
             self.faults[what] += 1
             match what:
-                case "kill" | "kill two":
+                case "kill" | "kill two" | "terminate":
                     for _ in range(1 + (what == "kill two")):
-                        await self.kill_one()
+                        await self.end_one(what)
                 case "hang" | "hang long":
                     peer = self.rng.choice(sorted(sim.peers))
                     self.note(f"{what} {peer}")
@@ -175,8 +176,8 @@ class Schedule:
                     sim.hub.heal(a, b)
                     self.note(f"heal {a} {b}")
 
-    async def kill_one(self) -> None:
-        """SIGKILL a peer if another one holds all that its stage has settled; a fresh one comes later."""
+    async def end_one(self, what: str) -> None:
+        """End a peer if another one holds all that its stage has settled; a fresh one comes later."""
         sim, known = self.sim, self.sim.pipeline.ledger.peers
         holders = [
             peer
@@ -188,8 +189,12 @@ class Schedule:
         if candidates:
             victim = self.rng.choice(candidates)
             stage = sim.peers[victim].stage
-            self.note(f"kill {victim}")
-            sim.kill(victim)
+            self.note(f"{what} {victim}")
+            if what == "terminate":
+                await sim.terminate(victim)
+                self.note(f"{victim} has left")
+            else:
+                sim.kill(victim)
             await asyncio.sleep(self.rng.uniform(0, 1))
             self.note(f"start {await sim.start_peer(stage)}")
 

@@ -256,6 +256,14 @@ class Sim:
         sim_peer.compute.close()
         sim_peer.peer.close()
 
+    async def terminate(self, peer_id: PeerId) -> None:
+        """SIGTERM: it leaves in its own way, and ends."""
+        leaving = self.peers.pop(peer_id)
+        await (leaving.volunteer if isinstance(leaving, SimVolunteer) else leaving.peer).leave()
+        leaving.task.cancel()
+        leaving.compute.close()
+        self.hub.kill(peer_id)
+
     async def start_trainer(self, name: PeerId = "trainer") -> Pipeline:
         self.pipeline = Pipeline(
             network=self.hub.network(name),

@@ -1,5 +1,5 @@
-"""Seeded deaths against a strict in-memory swarm, aimed at the moments that matter, and the outcome compared
-with plain single-process training.
+"""Seeded deaths and departures in a strict in-memory swarm, aimed at the moments that matter, and the outcome
+compared with plain single-process training.
 
 `python -m tests.strict_schedules SEED [COUNT]` replays one schedule (or several).
 """
@@ -50,7 +50,8 @@ MOMENTS: dict[str, Callable[[SimPeer], bool]] = {
 
 
 class StrictSchedule(Schedule):
-    """One strict run: peers are killed at chosen moments of its steps, fresh ones take their place."""
+    """One strict run: peers are killed or asked to stop at chosen moments of its steps, fresh ones take their
+    place."""
 
     command = "python -m tests.strict_schedules"
 
@@ -93,9 +94,14 @@ class StrictSchedule(Schedule):
         for _ in range(self.rng.randint(2, 5)):
             moment = self.rng.choice(sorted(MOMENTS))
             victim = await self.candidate(MOMENTS[moment])
-            self.faults[moment] += 1
-            self.note(f"kill {victim.id} {moment}")
-            self.sim.kill(victim.id)
+            how = self.rng.choice(["kill", "terminate"])
+            self.faults[f"{how} {moment}"] += 1
+            self.note(f"{how} {victim.id} {moment}")
+            if how == "kill":
+                self.sim.kill(victim.id)
+            else:
+                await self.sim.terminate(victim.id)
+                self.faults["handed over"] += victim.peer.counters["handed_over"]
             await asyncio.sleep(self.rng.uniform(0, 0.5))
             self.note(f"start {await self.sim.start_peer(victim.stage)}")
             await asyncio.sleep(self.rng.uniform(0, 3))

@@ -8,6 +8,8 @@ import asyncio
 import itertools
 import logging
 import random
+import re
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,14 +126,14 @@ def test_strict_float32_run_equals_plain_training(tmp_path):
 
 @pytest.mark.real
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("seed", [1, 2])
-def test_strict_run_equals_plain_training_although_peers_are_killed(tmp_path, seed):
+@pytest.mark.parametrize(("number", "seed"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)])
+def test_strict_run_equals_plain_training_although_peers_are_ended(tmp_path, number, seed):
     config = strict_run("training.target_batch_tokens=4096")
     rng = random.Random(seed)
-    killed: list[str] = []
+    ended: list[str] = []
 
-    async def kill_now_and_then(swarm: RealSwarm, trainer: Trainer) -> None:
-        """SIGKILL random peers at random moments; fresh ones take their place."""
+    async def end_now_and_then(swarm: RealSwarm, trainer: Trainer) -> None:
+        """End random peers at random moments; fresh ones take their place."""
         ledger = trainer.pipeline.ledger
         await swarm.until(lambda: ledger.version >= 1, 60, "the first step")
         while ledger.version < STEPS - 1:
@@ -139,18 +141,19 @@ def test_strict_run_equals_plain_training_although_peers_are_killed(tmp_path, se
             pairs = [p for p in swarm.living() if len(swarm.living(p.stage)) > 1]
             if pairs:
                 victim = rng.choice(pairs)
-                killed.append(f"{victim.name} in step {ledger.version}")
-                swarm.kill(victim)
-                await victim.process.wait()
+                ended.append(f"{victim.name} in step {ledger.version}")
+                swarm.kill(victim, number)
+                assert await victim.process.wait() == (0 if number == signal.SIGTERM else -number)
                 await swarm.start_peer(victim.stage)
 
-    swarm, ours = uvloop.run(whole_run(config, tmp_path, kill_now_and_then))
+    swarm, ours = uvloop.run(whole_run(config, tmp_path, end_now_and_then))
     plain = train_plain(config, endless_text(config), STEPS)
     worst, name = worst_difference(ours, plain)
-    assert len(killed) >= 3, killed
-    assert worst <= 1e-5, f"{name} is off by {worst:.2e} after the deaths of {killed} (seed {seed})"
+    handed = sum(int(n) for p in swarm.peers for n in re.findall(r"handed (\d+) microbatches over", text(p)))
+    assert len(ended) >= 3 and (handed > 0) == (number == signal.SIGTERM), (ended, handed)
+    assert worst <= 1e-5, f"{name} is off by {worst:.2e} after the ends of {ended} (seed {seed})"
     assert_stages_identical(swarm)
-    print(f"killed {killed}; worst tensor {name}: {worst:.2e}")
+    print(f"ended {ended}, {handed} handed over; worst tensor {name}: {worst:.2e}")
 
 
 @pytest.mark.real

@@ -248,3 +248,27 @@ def test_a_stopped_peer_that_gets_a_hop_when_all_is_done_is_told_to_drop_it():
     assert ledger.handle(Answered(late, M, 0, pb.ACCEPTED, push=True), 3.0) == [told]
     assert say(ledger, late, pb.ARRIVED, 3.0) == [told]
     assert say(ledger, late, pb.DROPPED, 3.0) == []
+
+
+def test_a_gradient_that_was_handed_over_is_not_computed_again():
+    ledger = make_ledger(retain_until_step=True)
+    route = issue(ledger)
+    carry(ledger, route)
+    leaver = route.peers[1]
+    mate = "1b" if leaver == "1a" else "1a"
+    assert say(ledger, leaver, pb.HANDED_OVER, target=mate, step=0) == []
+    assert ledger.handle(PeerGone(leaver, left=True), 2.0) == []
+    assert ledger.in_flight == 0 and ledger.counters["handed_over"] == 1
+    again = ledger.handle(PeerGone(mate), 3.0)  # and with its new owner it is lost as ever
+    ledger.handle(PeerReady(1, "1c", 0), 3.0)
+    assert ledger.in_flight == 1, again
+
+
+def test_a_handover_to_whom_this_trainer_does_not_know_counts_for_nothing():
+    for target in ("stranger", "0a"):
+        ledger = make_ledger(retain_until_step=True, strict=True)
+        route = issue(ledger)
+        carry(ledger, route)
+        say(ledger, route.peers[1], pb.HANDED_OVER, target=target, step=0)
+        ledger.handle(PeerGone(route.peers[1], left=True), 2.0)
+        assert ledger.in_flight == 1 and ledger.counters["handed_over"] == 0

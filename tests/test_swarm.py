@@ -219,14 +219,36 @@ def test_a_leaving_peer_says_goodbye_and_is_not_banned():
     async def test(sim):
         leaver = next(iter(sim.peers))
         await train(sim, 10)
-        leaving = sim.peers.pop(leaver)
-        leaving.task.cancel()
-        await leaving.peer.leave()
+        await sim.terminate(leaver)
         await sim.until(lambda: leaver not in sim.pipeline._watched)
         assert not sim.pipeline._wirings[0].is_banned(leaver, sim.clock())
         await train(sim, 10, first=10)
 
     simulate(test)
+
+
+@pytest.mark.parametrize("codec", ["float32", "int8"])
+def test_a_leaving_peer_hands_its_gradients_over_and_nothing_is_lost_or_computed_twice(codec):
+    async def test(sim):
+        training = asyncio.ensure_future(train(sim, 80))
+        handed = computed = 0
+        for stage in (0, 1, 2):
+            leaver = next(p for p in sim.peers.values() if p.stage == stage)
+            await sim.until(lambda peer=leaver.peer: peer.stage.accumulator.tokens >= 8)
+            await sim.terminate(leaver.id)
+            handed += leaver.peer.counters["handed_over"]
+            computed += leaver.peer.counters["microbatches"]
+        await training
+        counters = sum((p.peer.counters for p in sim.peers.values()), Counter())
+        assert counters["taken_over"] == handed >= 6
+        assert sim.pipeline.ledger.counters["handed_over"] == handed
+        assert sim.pipeline.ledger.counters["lost"] == 0
+        assert computed + counters["microbatches"] == 3 * 80
+        for stage in range(3):
+            applied = [microbatch for microbatch, _ in sim.lineage(stage)]
+            assert len(applied) == len(set(applied))
+
+    simulate(test, "pipeline.retain_until=microbatch", f"averaging.codec={codec}")
 
 
 def test_microbatches_wait_for_a_stage_without_peers_and_go_on_when_one_comes():
