@@ -19,7 +19,7 @@ def seats_of(rosters: Sequence[Sequence[PeerRecord]]) -> list[Seat]:
     """
     announced = sorted((record for roster in rosters for record in roster), key=lambda r: r.announced_s)
     last = {record.peer: record for record in announced}
-    records = [record for record in last.values() if not record.aggregates_only]
+    records = [record for record in last.values() if record.computes]
     known = [record.speed for record in records if record.speed > 0]
     usual = median(known) if known else 1.0
     return [_seat(record, min(record.speed or usual, MOST * usual), len(rosters)) for record in records]

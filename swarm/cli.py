@@ -52,6 +52,9 @@ def run(
     ] = "127.0.0.1",
     port: Port = 0,
     folder: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Start a run, publish it for others to join, and watch it."""
@@ -66,7 +69,7 @@ def run(
         from swarm.process import run_until_signal, set_up_logging
 
         set_up_logging("organizer", verbose=verbose)
-        options = RunOptions(folder / config.name, host, port, minutes, chaos)
+        options = RunOptions(folder / config.name, host, port, minutes, chaos, resume)
         return run_until_signal(organize(config, options))
 
     exit_with(start)

@@ -183,6 +183,13 @@ class RebalancingConfig(_Section):
     )
 
 
+class ArchiveConfig(_Section):
+    """Checkpoints, which the organizer's process writes into the run's folder."""
+
+    every_steps: int = Field(100, ge=0, description="steps from one to the next; 0: no checkpoints")
+    keep: Positive = Field(3, description="the newest so many stay")
+
+
 class MonitorConfig(_Section):
     wandb: Literal["offline", "online", "disabled"] = Field("offline", description="mode of Weights & Biases")
     project: str = Field("swarm", description="W&B project")
@@ -212,6 +219,7 @@ class RunConfig(_Section):
     averaging: AveragingConfig = AveragingConfig()
     network: NetworkConfig = NetworkConfig()
     rebalancing: RebalancingConfig = RebalancingConfig()
+    archive: ArchiveConfig = ArchiveConfig()
     monitor: MonitorConfig = MonitorConfig()
     local: LocalConfig | None = None
 

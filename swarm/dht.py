@@ -55,8 +55,12 @@ def make_identity(path: Path) -> RSAPrivateKey:
             raise UserError(f"--identity {path} is not an identity file: {error}") from None
     key = RSAPrivateKey()
     message = crypto_pb2.PrivateKey(key_type=crypto_pb2.KeyType.RSA, data=key.to_bytes())
-    path.touch(mode=0o600)
-    path.write_bytes(message.SerializeToString())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_bytes(message.SerializeToString())
+    except OSError as error:
+        raise UserError(f"--identity {path} cannot be written: {error.strerror}") from None
     return key
 
 

@@ -1,55 +1,32 @@
-"""Giving this peer's state to newcomers, and after it the mean gradients they have missed meanwhile.
+"""Giving a stage's state to newcomers, and after it the mean gradients they have missed meanwhile.
 
-    state    a snapshot between two steps, kept for as long as a newcomer holds on to this donor
-    means    of the steps that close while one does: whoever has the snapshot replays them
+Both go in chunks, whose hashes come first; newcomers take chunks of the same object from several donors. What
+is given may use a share of the uplink only: the rest is for training.
 
-Both go in chunks, whose hashes come first. All peers of a stage hold the same bits, so a newcomer takes
-chunks of the same object from several donors. What is given may use a share of the uplink only: the rest is
-for training.
-
-I/O: one event loop; snapshots in the compute thread.
+I/O: one event loop.
 """
 
 import asyncio
 import logging
-import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import safetensors.torch
-import torch
 from google.protobuf.message import DecodeError
 
 from averaging.bandwidth import UplinkMeter
-from averaging.bounded import forget_oldest
 from averaging.errors import LinkError, ProtocolError
 from averaging.network import Network, PeerId, Stream, kept_alive
 from swarm import swarm_pb2 as pb
-from swarm.chunks import Contents, chunks_of, hash_of
-from swarm.compute import Compute, between_hops
-from swarm.history import ID_BYTES
-from swarm.stage import Stage
+from swarm.chunks import chunks_of
+from swarm.holdings import Given, Holdings
 
 SERVICE = "state"
 SILENCE_S = 10.0  # after which the other end counts as lost
 LINGER_S = 30.0  # that it may take to come back, and go on where it was
 LEASES = 8  # newcomers at once
-KEPT_STATES = 2  # another newcomer is offered one of these, and the means after it
-MOST_STATES = 4  # if those of slow newcomers are too old by now for anybody else
-KEPT_MEANS = 8  # who is further behind takes a newer state: that is less to send
-COUNT = struct.Struct("<I")
+NEVER = 1 << 62  # the first step whose mean it may want
 ALIVE = pb.FromDonor(alive=True).SerializeToString()
-Name = tuple[bool, int]  # (a mean?, its step or the state's version)
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """An object that can be had here, in chunks."""
-
-    name: Name
-    data: bytes
-    contents: Contents
 
 
 @dataclass(slots=True, eq=False)
@@ -68,8 +45,7 @@ class Donor:
     def __init__(
         self,
         network: Network,
-        stage: Stage,
-        compute: Compute,
+        holdings: Holdings,
         *,
         upload_share: float,
         uplink: UplinkMeter,
@@ -79,15 +55,10 @@ class Donor:
 
         `on_joined`: one of them stands on the roster now.
         """
-        self._network, self._stage, self._compute = network, stage, compute
-        self._on_joined = on_joined
+        self._network, self._holdings, self._on_joined = network, holdings, on_joined
         self._allowance = Allowance(lambda: upload_share * (uplink.reported or uplink.measured))
         self.available = False  # nothing to give before this peer has a state itself
         self._leases: dict[PeerId, _Lease] = {}
-        self._states: dict[int, Given] = {}  # by version
-        self._means: dict[int, Callable[[], bytes]] = {}  # by step
-        self._packed_means: dict[int, Given] = {}
-        self._packing = asyncio.Lock()
 
     async def start(self) -> None:
         await self._network.serve(SERVICE, self._serve)
@@ -96,22 +67,21 @@ class Donor:
         """Give nothing any more."""
         self._network.unserve(SERVICE)
 
-    def keep(self, step: int, mean: torch.Tensor, microbatches: Collection[bytes]) -> None:
-        """The mean gradient [values] of a closed step, for those who hold on to this donor."""
-        if self._leases:
-            self._means[step] = lambda: pack_mean(mean, microbatches)
-            forget_oldest(self._means, KEPT_MEANS)
+    @property
+    def is_held(self) -> bool:
+        """Does anybody hold on to it who may want the means of steps that close now?"""
+        return any(lease.since != NEVER for lease in self._leases.values())
 
     # one newcomer
 
     async def _serve(self, stream: Stream) -> None:
         peer = stream.remote
-        lease = _Lease(stream, self._stage.version)
+        lease = _Lease(stream, self._holdings.version)
         try:
             message = await self._heard(stream)
             known = self._leases.get(peer)
             if not self.available or (known is None and len(self._leases) >= LEASES):
-                no = pb.StateOffer(version=self._stage.version, busy=self.available)
+                no = pb.StateOffer(version=self._holdings.version, busy=self.available)
                 await stream.send(pb.FromDonor(offer=no).SerializeToString())
                 return await stream.finish()
             if known is not None:  # it has come back, and may want what it had begun with
@@ -145,7 +115,7 @@ class Donor:
     async def _answer(self, stream: Stream, lease: _Lease, message: pb.FromNewcomer) -> None:
         match message.WhichOneof("content"):
             case "ask":
-                if message.ask.stage != self._stage.stage:
+                if message.ask.stage != self._holdings.stage:
                     raise ProtocolError(stream.remote, f"asks for stage {message.ask.stage}")
                 await self._offer(stream, lease, message.ask)
             case "chunk":
@@ -155,12 +125,21 @@ class Donor:
                 self._on_joined()
 
     async def _offer(self, stream: Stream, lease: _Lease, ask: pb.StateAsk) -> None:
-        is_mean = ask.HasField("step")
-        begun = ask.begun if ask.HasField("begun") else None
-        given = await (self._mean(ask.step) if is_mean else self._state(begun))
-        offer = pb.StateOffer(version=self._stage.version, busy=given is None and not is_mean)
+        is_mean, is_wish = ask.HasField("step"), ask.HasField("at")
+        if is_mean:
+            given = await self._holdings.mean(ask.step)
+        elif is_wish and lease.given is not None and lease.given.name == (False, ask.at):
+            given = lease.given  # it has come back
+        elif is_wish:
+            lease.since = NEVER
+            given = await self._holdings.state_at(ask.at)
+        else:
+            given = await self._holdings.state(ask.begun if ask.HasField("begun") else None)
+        busy = given is None and not (is_mean or is_wish)
+        offer = pb.StateOffer(version=self._holdings.version, busy=busy)
         if given is not None:
-            lease.given, lease.since = given, given.name[1]
+            lease.given = given
+            lease.since = NEVER if is_wish else given.name[1]
             offer.number, offer.size_bytes = given.name[1], given.contents.size_bytes
         self._forget()
         packed = b"" if given is None else given.contents.pack()
@@ -176,42 +155,11 @@ class Donor:
         await self._allowance.spend(len(chunk))
         await stream.send(pb.FromDonor(chunk=wanted).SerializeToString(), chunk)
 
-    # what can be had
-
-    async def _state(self, begun: int | None) -> Given | None:
-        """The state of now, or `begun` or one of a moment ago with all means since; None if there is no room
-        for another."""
-        async with self._packing:
-            version = self._stage.version
-            usable = [v for v in self._states if self._means.keys() >= {*range(v, version)}]
-            if begun in usable:
-                return self._states[begun]
-            if version in self._states:
-                return self._states[version]
-            if usable and len(self._states) >= KEPT_STATES:
-                return self._states[max(usable)]
-            if len(self._states) >= MOST_STATES:
-                return None
-            version, data = await between_hops(
-                self._compute, lambda: (self._stage.version, serialized(self._stage))
-            )
-            given = self._states[version] = await _given((False, version), data)
-            return given
-
-    async def _mean(self, step: int) -> Given | None:
-        async with self._packing:
-            if step not in self._packed_means and step in self._means:
-                data = await between_hops(self._compute, self._means[step])
-                self._packed_means[step] = await _given((True, step), data)
-            return self._packed_means.get(step)
-
     def _forget(self) -> None:
         """What nobody may want any more."""
         wanted = {lease.given.name for lease in self._leases.values() if lease.given is not None}
-        self._states = {v: given for v, given in self._states.items() if (False, v) in wanted}
-        self._packed_means = {s: given for s, given in self._packed_means.items() if (True, s) in wanted}
-        oldest = min((lease.since for lease in self._leases.values()), default=None)
-        self._means = {s: m for s, m in self._means.items() if oldest is not None and s >= oldest}
+        oldest = min((lease.since for lease in self._leases.values()), default=NEVER)
+        self._holdings.forget(wanted, None if oldest == NEVER else oldest)
 
 
 class Allowance:
@@ -229,35 +177,3 @@ class Allowance:
         if rate > 0:
             self._free_s += size / rate
         await asyncio.sleep(wait_s)
-
-
-def serialized(stage: Stage) -> bytes:
-    return safetensors.torch.save(stage.state())
-
-
-def pack_mean(mean: torch.Tensor, microbatches: Collection[bytes]) -> bytes:
-    """A mean gradient [values] float32 and the ids of what is in it."""
-    return b"".join((COUNT.pack(len(microbatches)), *sorted(microbatches), mean.numpy().tobytes()))
-
-
-def unpack_mean(data: bytearray, values: int) -> tuple[torch.Tensor, list[bytes]]:
-    """Raises ValueError."""
-    count = COUNT.unpack_from(data)[0] if len(data) >= COUNT.size else 0
-    start = COUNT.size + count * ID_BYTES
-    if len(data) != start + 4 * values:
-        raise ValueError(f"{len(data)} bytes are no mean of {values} values with {count} microbatches")
-    ids = [bytes(data[at : at + ID_BYTES]) for at in range(COUNT.size, start, ID_BYTES)]
-    return torch.frombuffer(data[start:], dtype=torch.float32), ids
-
-
-async def contents_of(data: bytes) -> Contents:
-    """Hash it, a chunk at a time: others have their turn in between."""
-    hashes = []
-    for chunk in chunks_of(data):
-        hashes.append(hash_of(chunk))
-        await asyncio.sleep(0)
-    return Contents(len(data), tuple(hashes))
-
-
-async def _given(name: Name, data: bytes) -> Given:
-    return Given(name, data, await contents_of(data))

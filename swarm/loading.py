@@ -19,7 +19,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from swarm.state import Loading
+from swarm.donors import Loading
 
 LINE_S = 5.0  # between two lines
 log = logging.getLogger(__name__)

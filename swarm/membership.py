@@ -36,6 +36,7 @@ class Membership:
         self.heading: int | None = None  # the stage that this peer is about to move to
         self.fixed = own.fixed
         self.others: dict[PeerId, PeerRecord] = {}  # those who do not load, as of the last `read`
+        self.archives: list[PeerId] = []  # who has a state for when nobody else has
 
     def auxiliaries(self) -> list[PeerId]:
         """Those of the others that only reduce."""
@@ -62,7 +63,8 @@ class Membership:
         records = await self._directory.roster(self._own.stage)
         self.others.clear()
         others = (record for record in records if record.peer != self._own.peer and not record.loading)
-        self.others.update({record.peer: record for record in others})
+        self.others.update({record.peer: record for record in others if not record.archives})
+        self.archives = [record.peer for record in records if record.archives]
 
     async def keep(self) -> None:
         """Renew the record and read the roster, every period, until cancelled."""

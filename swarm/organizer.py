@@ -3,7 +3,7 @@
     run folder: the resolved config beside everything that follows
     first DHT peer and signed manifest; the command with which others join
     with `local:` also peers and trainers as processes, and chaos among them
-    every period: a line of metrics.jsonl, the live table
+    every period: a line of metrics.jsonl, the live table; now and then a checkpoint
     at the end: children stopped, summary.json, loss.png, W&B closed
 
 I/O: all of it. The run goes on without this process; its own children end with it.
@@ -13,6 +13,7 @@ import asyncio
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from averaging.errors import LinkError
+from averaging.errors import AveragingError, LinkError
+from swarm.archive import Archive
+from swarm.checkpoint import Checkpoint, CheckpointError, checkpoints_in, read_checkpoint
 from swarm.config import RunConfig, dump_run
 from swarm.dht import HivemindDirectory
 from swarm.errors import UserError
@@ -31,6 +34,9 @@ from swarm.monitor import Monitor
 from swarm.process import best_address, joined
 
 REPUBLISH_S = 3600.0
+CHECKPOINTS = "checkpoints"
+KEPT = (CHECKPOINTS, "identity")  # of a run that is resumed: it is the same to those who have joined it
+LAST_CHECKPOINT_S = 120.0
 log = logging.getLogger(__name__)
 PLAIN_LINE_S = 10.0  # period of progress lines when the output is no terminal
 
@@ -42,12 +48,14 @@ class RunOptions:
     port: int = 0
     minutes: float | None = None
     chaos_s: float | None = None
+    resume: bool = False
 
 
 async def organize(config: RunConfig, options: RunOptions) -> int:
     """Carry out one run. Raises UserError; returns the process's exit code."""
     console = Console()
-    folder = _fresh_folder(options.folder)
+    newest = _newest_checkpoint(options.folder, config) if options.resume else None
+    folder = _fresh_folder(options.folder, keep=KEPT if options.resume else ())
     (folder / "config.yaml").write_text(dump_run(config))
     identity = folder / "identity"
     async with joined([], listen=options.host, port=options.port, identity=identity) as here:
@@ -59,17 +67,34 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
         monitor = Monitor(config, folder)
         await serve_metrics(here.network, monitor.take)
         join, seed = best_address(here.addresses), config.training.seed
+        archive = Archive(
+            network=here.network,
+            directory=here.directory,
+            config=config,
+            folder=folder / CHECKPOINTS,
+            newest=newest,
+            addresses=here.addresses,
+        )
+        await archive.start()
+        archiving = asyncio.create_task(archive.run())
         local = LocalRun(config, join, folder, listen=options.host, seed=seed)
         watching = _Watch(console, monitor, local, options, command)
         try:
             console.print(f"others join with:  [bold]{command}[/]", soft_wrap=True)
+            if newest is not None:
+                console.print(f"going on from step {newest.step}: {newest.folder}", soft_wrap=True)
             await local.start(minutes=options.minutes)
             await asyncio.get_running_loop().run_in_executor(None, monitor.open_wandb)
-            await watching.until_the_end()
+            await watching.until_the_end(archiving)
+            archiving.cancel()
+            await asyncio.wait([archiving])
+            await _archive_the_end(archive, monitor.step(), console)
         finally:
             republishing.cancel()
+            archiving.cancel()
             console.print("ending what this run has started ...")
             await asyncio.shield(local.stop())
+            await asyncio.shield(archive.leave())
             summary = monitor.close(local.kills, console)
             _print_summary(console, summary)
     return 0
@@ -86,8 +111,8 @@ class _Watch:
         self._began = time.time()
         self._next_kill: float | None = None
 
-    async def until_the_end(self) -> None:
-        """Show and record until the trainers are done, the time is over, or a child fails."""
+    async def until_the_end(self, archiving: "asyncio.Task[None]") -> None:
+        """Show and record until the trainers are done, the time is over, or a child or the archive fails."""
         period_s = self._monitor.config.monitor.period_s
         with Live(console=self._console, auto_refresh=False, transient=False) as live:
             while not self._is_over():
@@ -99,6 +124,8 @@ class _Watch:
                 elif (time.time() - self._began) % PLAIN_LINE_S < period_s:
                     self._console.print(table)
                 self._raise_if_a_child_failed()
+                if archiving.done():
+                    archiving.result()  # raises: it does not end by itself
                 await asyncio.sleep(period_s)
             self._raise_if_a_child_failed()
 
@@ -138,8 +165,37 @@ async def _republish(directory: HivemindDirectory, config: RunConfig) -> None:
             log.warning("the run could not be announced anew: %s", error)
 
 
-def _fresh_folder(folder: Path) -> Path:
-    """Make the run's folder; an older run of that name is moved aside, never overwritten."""
+async def _archive_the_end(archive: Archive, step: int, console: Console) -> None:
+    """What the run has come to; without it, one may go on from the checkpoint before."""
+    if archive.every_steps and step and (archive.newest is None or archive.newest.step < step):
+        try:
+            async with asyncio.timeout(LAST_CHECKPOINT_S):
+                await archive.save_last(step)
+        except (AveragingError, TimeoutError) as error:
+            log.info("no checkpoint of the last step: %s", error or "it took too long")
+    if archive.newest is not None:
+        console.print(f"checkpoint of step {archive.newest.step}: {archive.newest.folder}", soft_wrap=True)
+
+
+def _newest_checkpoint(folder: Path, config: RunConfig) -> Checkpoint:
+    """Raises UserError."""
+    found = checkpoints_in(folder / CHECKPOINTS)
+    if not found:
+        raise UserError(f"{folder / CHECKPOINTS}: no checkpoint to go on from; start without --resume")
+    try:
+        return read_checkpoint(found[-1], config)
+    except CheckpointError as error:
+        if len(found) == 1:
+            raise
+        raise UserError(f"{error}; without {found[-1].name} it goes on from {found[-2].name}") from None
+
+
+def _fresh_folder(folder: Path, *, keep: Sequence[str] = ()) -> Path:
+    """Make the run's folder; an older run of that name is moved aside, never overwritten.
+
+    What is named in `keep` stays.
+    """
+    kept: list[Path] = []
     if folder.exists():
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(folder.stat().st_mtime))
         aside = folder.with_name(f"{folder.name}-{stamp}")
@@ -148,8 +204,11 @@ def _fresh_folder(folder: Path) -> Path:
             number += 1
             aside = folder.with_name(f"{folder.name}-{stamp}-{number}")
         shutil.move(str(folder), str(aside))
+        kept = [aside / name for name in keep if (aside / name).exists()]
     try:
         folder.mkdir(parents=True)
+        for path in kept:
+            path.rename(folder / path.name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
     return folder

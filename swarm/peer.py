@@ -19,8 +19,10 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from averaging.bandwidth import UplinkMeter
 from averaging.codecs import CODECS
@@ -31,7 +33,9 @@ from swarm.compute import Compute, between_hops
 from swarm.config import RunConfig
 from swarm.directory import Directory
 from swarm.donor import Donor
+from swarm.donors import Loading, NoDonorError
 from swarm.handover import Heir, hand_over
+from swarm.holdings import StageHoldings
 from swarm.membership import Membership
 from swarm.messages import Handover
 from swarm.model import build_stage, stage_costs
@@ -40,7 +44,7 @@ from swarm.scope import at_stage
 from swarm.server import HopServer
 from swarm.speed import SpeedMeter
 from swarm.stage import Accumulator, Stage
-from swarm.state import Loading, NoDonorError, StateLoader
+from swarm.state import StateLoader
 from swarm.update import AppliedStep, Updater
 
 REFETCH_PAUSE_S = 0.2
@@ -117,10 +121,10 @@ class Peer:
             config=self.config,
             clock=self._clock,
         )
+        self._holdings = StageHoldings(self.stage, self._compute)
         self._donor = Donor(
             self._network,
-            self.stage,
-            self._compute,
+            self._holdings,
             upload_share=self.config.network.upload_share,
             uplink=self._uplink,
             on_joined=self._say_joined,
@@ -138,7 +142,7 @@ class Peer:
             auxiliaries=self.membership.auxiliaries,
             rng=self._rng,
             uplink=self._uplink,
-            keep=self._donor.keep,
+            keep=self._keep,
             on_step=self._stepped,
         )
         self._loader = StateLoader(
@@ -181,13 +185,14 @@ class Peer:
         await self._loader.say_joined()
 
     async def _has_state(self) -> bool:
-        """Load a living peer's state; where nobody has any, the seed's is everybody's.
+        """Load a living peer's state, or else an archived one; without any, the seed's is everybody's.
 
         A peer that cannot be asked now may have one: starting anew beside it would split the stage.
         """
         try:
             await self.membership.read()
-            if not await self._loader.load(self._donors()):
+            found = await self._loader.load(self._donors())
+            if not (found or await self._loader.load(self.membership.archives)):
                 log.info("nobody has a state of stage %d yet: starting from the seed", self._stage_number)
         except AveragingError as error:
             log.warning("waiting for the state of stage %d: %s", self._stage_number, error)
@@ -310,6 +315,7 @@ class Peer:
                 return True
             await self.membership.read()
             if await self._loader.load(self._donors(), at_least=self.stage.version):
+                self._holdings.reached()
                 return True
         except AveragingError as trouble:
             log.info("no state of stage %d for now: %s", self._stage_number, trouble)
@@ -331,6 +337,12 @@ class Peer:
     def _say_joined(self) -> None:
         """A newcomer that this peer has given its state to stands on the roster."""
         self.server.watchers.say_all(pb.WatchFrame(joined=True).SerializeToString())
+
+    def _keep(self, step: int, mean: torch.Tensor, microbatches: Collection[bytes]) -> None:
+        """The mean gradient [values] of a step that has closed, for newcomers."""
+        if self._donor.is_held:
+            self._holdings.keep(step, mean, microbatches)
+        self._holdings.reached()
 
     def _stepped(self, done: AppliedStep) -> None:
         self._loader.release()  # whoever takes steps with the others has what it needs

@@ -40,11 +40,17 @@ class PeerRecord(BaseModel):
     loading: bool = Field(False, description="its state is still coming: it serves and averages nothing yet")
     announced_s: float = Field(0.0, ge=0, description="wall clock of the announcement")
     aggregates_only: bool = Field(False, description="serves no hops and has no state")
+    archives: bool = Field(False, description="has a state on disk, for when nobody else has one")
+
+    @property
+    def computes(self) -> bool:
+        """Is it there for hops, now or when its state has come?"""
+        return not (self.aggregates_only or self.archives)
 
     @property
     def serves(self) -> bool:
         """Does it take hops, and have a state?"""
-        return not self.loading and not self.aggregates_only
+        return self.computes and not self.loading
 
     def pack(self) -> bytes:
         """As bytes; addresses at the end are left out if there is no room for them."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
@@ -17,13 +18,23 @@ from averaging.errors import AveragingError, LinkError, ProtocolError
 from averaging.network import Buffer, Stream, kept_alive
 from swarm import swarm_pb2 as pb
 from swarm.chunks import Contents, Download
-from swarm.donor import SILENCE_S, Name
-from swarm.stage import Stage
+from swarm.donor import SILENCE_S
+from swarm.holdings import WISH_S, Name
 
 ANSWER_S = 300.0  # for an offer, and for each chunk; who is not heard at all is given up much sooner
 ALLOWANCE_BYTES = 16 << 20  # for names, shapes and the history of microbatches
 VECTORS = 4  # of parameters, moments, and parameters before the last step
 ALIVE = pb.FromNewcomer(alive=True).SerializeToString()
+
+
+class Part(Protocol):
+    """What a state is of: a stage with so many parameters."""
+
+    @property
+    def stage(self) -> int: ...
+
+    @property
+    def values(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +56,8 @@ class NothingError(AveragingError):
 class Source:
     """A donor as a newcomer sees it: a stream, open for as long as something may be wanted of it."""
 
-    def __init__(self, stream: Stream, stage: Stage, changed: Callable[[], None]) -> None:
-        self.peer, self._stream, self._stage, self._changed = stream.remote, stream, stage, changed
+    def __init__(self, stream: Stream, part: Part, changed: Callable[[], None]) -> None:
+        self.peer, self._stream, self._part, self._changed = stream.remote, stream, part, changed
         self.error: AveragingError | None = None
         self.offered: Offer | None = None  # last
         self.download: tuple[Name, Download] | None = None  # what its chunks are for
@@ -60,22 +71,24 @@ class Source:
         """Has a better way to the donor been found since?"""
         return self._stream.superseded
 
-    async def ask(self, step: int | None = None, *, begun: int | None = None) -> Offer:
-        """What it has: the mean that closed `step`, or a state, of version `begun` or its newest.
+    async def ask(self, step: int | None = None, *, begun: int | None = None, at: int | None = None) -> Offer:
+        """What it has: the mean that closed `step`, or a state, of version `begun` or its newest, or the one
+        `at` a version, as soon as that is reached.
 
         Raises:
             NothingError: it does not have that.
             AveragingError: it did not answer, or what it said makes no sense.
         """
-        message = pb.FromNewcomer(ask=pb.StateAsk(stage=self._stage.stage, step=step, begun=begun))
+        ask = pb.StateAsk(stage=self._part.stage, step=step, begun=begun, at=at)
+        message, limit_s = pb.FromNewcomer(ask=ask), ANSWER_S if at is None else WISH_S
         try:
-            async with asyncio.timeout(ANSWER_S):
+            async with asyncio.timeout(limit_s):
                 await self._stream.send(message.SerializeToString())
                 if len(self._tasks) == 1:
                     self._tasks.append(asyncio.create_task(self._beat()))
                 offer, packed = await self._offer()
         except TimeoutError:
-            raise LinkError(self.peer, f"no offer within {ANSWER_S:.0f} s") from None
+            raise LinkError(self.peer, f"no offer within {limit_s:.0f} s") from None
         if offer.busy:
             raise LinkError(self.peer, "gives its state to others at the moment")
         if not offer.size_bytes:
@@ -83,8 +96,10 @@ class Source:
             raise NothingError(what, version=offer.version)
         if step is not None and offer.number != step:
             raise ProtocolError(self.peer, f"offers step {offer.number}, asked for {step}")
+        if at is not None and offer.number != at:
+            raise ProtocolError(self.peer, f"offers version {offer.number}, asked for {at}")
         vectors = VECTORS if step is None else 1
-        most_bytes = vectors * 4 * self._stage.values + ALLOWANCE_BYTES
+        most_bytes = vectors * 4 * self._part.values + ALLOWANCE_BYTES
         contents = Contents.unpack(offer.size_bytes, packed, donor=self.peer, most_bytes=most_bytes)
         self.offered = Offer((step is not None, offer.number), contents)
         return self.offered

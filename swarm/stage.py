@@ -28,6 +28,11 @@ from swarm.weights import Layout, Weights
 HISTORY = "history"  # its name in a state
 
 
+def state_kinds(*, strict: bool) -> tuple[str, ...]:
+    """The vectors that a state consists of."""
+    return ("parameter", "exp_avg", "exp_avg_sq", *(("previous",) if strict else ()))
+
+
 @dataclass(slots=True)
 class Graph:
     """A forward pass whose backward is still to come."""
@@ -282,14 +287,10 @@ class Stage:
 
     def _vectors(self) -> dict[str, torch.Tensor]:
         """What a state consists of: [values] each, by kind."""
-        vectors = {
-            "parameter": self._weights.vector,
-            "exp_avg": self._optimizer.first,
-            "exp_avg_sq": self._optimizer.second,
-        }
+        own = [self._weights.vector, self._optimizer.first, self._optimizer.second]
         if self._training.strict:
-            vectors["previous"] = (self._previous or self._weights).vector
-        return vectors
+            own.append((self._previous or self._weights).vector)
+        return dict(zip(state_kinds(strict=self._training.strict), own, strict=True))
 
     def hash(self) -> bytes:
         """Eight bytes that differ when any parameter's bits or the version do."""

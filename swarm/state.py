@@ -12,43 +12,23 @@ I/O: one event loop; loading in the compute thread.
 """
 
 import asyncio
-import contextlib
 import functools
 import logging
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 import safetensors
 import safetensors.torch
 import torch
 
-from averaging.errors import AveragingError, LinkError, ProtocolError
+from averaging.errors import AveragingError, ProtocolError
 from averaging.network import Network, PeerId
-from swarm.chunks import CHUNK_BYTES, Contents, Download
+from swarm.chunks import Contents
 from swarm.compute import Compute, between_hops
-from swarm.donor import SERVICE, contents_of, serialized, unpack_mean
-from swarm.source import ANSWER_S, NothingError, Offer, Source
+from swarm.donors import Donors, Loading
+from swarm.holdings import contents_of, serialized, unpack_mean
 from swarm.stage import Stage
 
-DONORS = 4  # at once
-AHEAD = 4  # chunks that one is asked for
-AGREE_TRIES, AGREE_PAUSE_S = 5, 0.2  # for a donor that has yet to take the step that others have taken
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """How far a transfer is."""
-
-    what: str
-    received_bytes: int
-    size_bytes: int
-    donors: int
-
-
-class NoDonorError(AveragingError):
-    """All donors of something were lost; others, or the same a moment later, may have it."""
 
 
 class StateLoader:
@@ -64,14 +44,9 @@ class StateLoader:
         on_loading: Callable[[Loading], None] = lambda loading: None,
     ) -> None:
         """`replay` takes one step with a mean gradient, in the compute thread."""
-        self._network, self._stage, self._compute = network, stage, compute
-        self._replay, self._on_loading = replay, on_loading
-        self._sources: list[Source] = []
+        self._stage, self._compute, self._replay = stage, compute, replay
+        self.donors = Donors(network, stage, on_loading=on_loading)
         self.outrun = False  # the donors have taken more steps than they keep the means of
-        self._begun: tuple[Offer, Download] | None = None  # a state whose donors were lost
-        self._lost: dict[PeerId, str] = {}  # that have left transfers unfinished, and why: better ask others
-        self._finishing: set[asyncio.Task[None]] = set()
-        self._changed = asyncio.Event()
 
     async def load(self, peers: Sequence[PeerId], *, at_least: int = 0) -> bool:
         """Load the newest state of `peers`, of version `at_least` or more, and replay what closed meanwhile.
@@ -82,29 +57,20 @@ class StateLoader:
         Raises:
             AveragingError: none gave its state, and at least one could not be asked: it may have one.
         """
-        self.release()
-        found, unheard = await self._offers_of(peers)
-        usable = {peer: offer for peer, offer in found.items() if offer.name[1] >= at_least}
-        offers = [offer for peer, offer in usable.items() if peer not in self._lost] or [*usable.values()]
+        offers = await self.donors.offers(peers, at_least=at_least)
         if not offers:
-            self.release()
-            if unheard is not None:
-                raise unheard
             return False
-        best = self._begun[0] if self._begun and self._begun[0] in offers else _most_held(offers)
+        best = self.donors.best(offers)
         version, size = best.name[1], best.contents.size_bytes
         if version != self._stage.version or best.contents != await self._own_contents():
             began_s = asyncio.get_running_loop().time()
-            await asyncio.gather(*(self._reopen(source, version) for source in list(self._sources)))
-            data = await self._download_state(best)
+            data = await self.donors.state(best)
             await between_hops(self._compute, lambda: self._load(data, version))
-            took_s = asyncio.get_running_loop().time() - began_s
-            log.info(
-                "loaded version %d (%.1f MB) in %.1f s from %s", version, size / 1e6, took_s, self._names()
-            )
+            took_s, names = asyncio.get_running_loop().time() - began_s, self.donors.names
+            log.info("loaded version %d (%.1f MB) in %.1f s from %s", version, size / 1e6, took_s, names)
         else:
-            log.info("the same state, of version %d, as %s", version, self._names())
-        self._lost.clear()
+            log.info("the same state, of version %d, as %s", version, self.donors.names)
+        self.donors.trust()
         await self.follow()
         return True
 
@@ -112,10 +78,12 @@ class StateLoader:
         """Take the steps that the donors have taken meanwhile; True if that brought the stage forward."""
         before = self._stage.version
         try:
-            while (offer := await self._next_mean()) is not None:
+            while True:
                 step = self._stage.version
-                data = await self._download(f"step {step}", offer, Download(offer.contents))
-                mean, ids = unpack_mean(data, self._stage.values)
+                offer, self.outrun = await self.donors.next_mean(step)
+                if offer is None:
+                    break
+                mean, ids = unpack_mean(await self.donors.mean(offer), self._stage.values)
                 await between_hops(self._compute, functools.partial(self._replay, mean, ids))
                 log.info("replayed step %d", step)
         except ValueError as error:
@@ -126,174 +94,11 @@ class StateLoader:
 
     async def say_joined(self) -> None:
         """This peer stands on the roster: let the donors tell the trainers, who would find it later."""
-        for source in list(self._sources):
-            try:
-                await source.say_joined()
-            except LinkError as error:
-                self._drop(source, error)
+        await self.donors.say_joined()
 
     def release(self) -> None:
         """Need the donors no more; no-op without any."""
-        for source in self._sources:
-            task = asyncio.create_task(source.finish())
-            self._finishing.add(task)
-            task.add_done_callback(self._finishing.discard)
-        self._sources = []
-
-    # donors
-
-    async def _offers_of(self, peers: Sequence[PeerId]) -> tuple[dict[PeerId, Offer], AveragingError | None]:
-        """What a few of them have, the first first; and why one that may have a state could not be asked."""
-        offers: dict[PeerId, Offer] = {}
-        unheard: AveragingError | None = None
-        remaining = list(peers)
-        while remaining and len(offers) < DONORS:
-            some, remaining = remaining[: DONORS - len(offers)], remaining[DONORS - len(offers) :]
-            for peer, found in zip(some, await asyncio.gather(*map(self._hold, some)), strict=True):
-                if isinstance(found, Offer):
-                    offers[peer] = found
-                elif isinstance(found, NothingError):
-                    log.info("no state from %s: %s", peer[-8:], found)
-                else:
-                    log.warning("no state from %s: %s", peer[-8:], found)
-                    if not (isinstance(found, LinkError) and found.refused):
-                        unheard = found
-        return offers, unheard
-
-    async def _hold(self, peer: PeerId) -> Offer | AveragingError:
-        """Hold on to a source of a state."""
-        try:
-            stream = await self._network.open(peer, SERVICE, max_payload_bytes=CHUNK_BYTES)
-        except LinkError as error:
-            return error
-        source = Source(stream, self._stage, self._notify)
-        self._sources.append(source)
-        try:
-            return await source.ask(begun=self._begun[0].name[1] if self._begun else None)
-        except AveragingError as error:
-            self._sources.remove(source)
-            source.close()
-            return error
-
-    async def _reopen(self, source: Source, version: int) -> None:
-        """Past the daemons, if that has become possible: the first stream to a peer goes through them."""
-        if not source.superseded or source.error is not None:
-            return
-        try:
-            stream = await self._network.open(source.peer, SERVICE, max_payload_bytes=CHUNK_BYTES)
-        except LinkError as error:
-            return log.debug("stays with its first stream: %s", error)
-        better = Source(stream, self._stage, self._notify)
-        self._sources[self._sources.index(source)] = better
-        source.close()
-        try:
-            await better.ask(begun=version)
-        except AveragingError as error:
-            self._drop(better, error)
-
-    async def _next_mean(self) -> Offer | None:
-        """Of the step after this stage's, if the donors have taken it."""
-        step, sources = self._stage.version, list(self._sources)
-        asked = await asyncio.gather(*(self._ask_mean(source, step) for source in sources))
-        offers = [found for found in asked if isinstance(found, Offer)]
-        self.outrun = not offers and any(isinstance(found, int) and found > step for found in asked)
-        return _most_held(offers) if offers else None
-
-    async def _ask_mean(self, source: Source, step: int) -> Offer | int | None:
-        """The mean of `step`, or else where the donor is, if it answers."""
-        try:
-            return await source.ask(step)
-        except NothingError as error:
-            return error.version
-        except AveragingError as error:
-            self._drop(source, error)
-            return None
-
-    def _drop(self, source: Source, error: AveragingError) -> None:
-        log.info("source %s: %s", source.peer[-8:], error)
-        source.close()
-        if source in self._sources:
-            self._sources.remove(source)
-
-    def _names(self) -> str:
-        return ", ".join(source.peer[-8:] for source in self._sources)
-
-    # transfer
-
-    async def _download_state(self, offer: Offer) -> bytearray:
-        """Go on with what was begun, if it is that."""
-        if self._begun is None or self._begun[0] != offer:
-            self._begun = offer, Download(offer.contents)
-        data = await self._download(f"version {offer.name[1]}", offer, self._begun[1])
-        self._begun = None
-        return data
-
-    async def _download(self, what: str, offer: Offer, download: Download) -> bytearray:
-        """From all donors that hold the same. Raises AveragingError when the last is lost."""
-        pulls = [asyncio.create_task(self._pull(what, source, offer, download)) for source in self._sources]
-        try:
-            await asyncio.gather(*pulls)
-        finally:
-            for pull in pulls:
-                pull.cancel()
-        if not download.whole:
-            why, here = "; ".join(self._lost.values()), f"{download.received_bytes / 1e6:.1f} MB are here"
-            raise NoDonorError(f"all donors of {what} were lost, {here}: {why}")
-        return download.data
-
-    async def _pull(self, what: str, source: Source, offer: Offer, download: Download) -> None:
-        """Keep one source busy until all is here, or it is lost."""
-        name = offer.name
-        try:
-            if not await self._agrees(source, offer, download):
-                return
-            source.download = name, download
-            while not download.whole:
-                if source.error is not None:
-                    raise source.error
-                index = None
-                if len(source.owed) < AHEAD:
-                    index = download.next_of(source.peer, idle=not source.owed)
-                if index is None:
-                    await self._change(source)
-                    pulling = sum(d.download == (name, download) for d in self._sources)
-                    self._on_loading(
-                        Loading(what, download.received_bytes, offer.contents.size_bytes, pulling)
-                    )
-                else:
-                    await source.want(name, index)
-        except AveragingError as error:
-            self._lost[source.peer] = str(error)
-            self._drop(source, error)
-            self._notify()
-        finally:
-            download.lose(source.peer)
-
-    async def _agrees(self, source: Source, offer: Offer, download: Download) -> bool:
-        """Does it hold the same? One that is a step behind will in a moment. Raises AveragingError."""
-        for _ in range(AGREE_TRIES):
-            held = source.offered
-            if held is not None and held.name[0] == offer.name[0] and held.name[1] >= offer.name[1]:
-                return held == offer
-            await asyncio.sleep(AGREE_PAUSE_S)
-            if download.whole:
-                return False
-            with contextlib.suppress(NothingError):
-                await source.ask(offer.name[1] if offer.name[0] else None)
-        return False
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def _change(self, source: Source) -> None:
-        """Wait until something has come, or somebody is lost. Raises LinkError when a chunk is overdue."""
-        left_s = source.heard_s + ANSWER_S - asyncio.get_running_loop().time() if source.owed else None
-        try:
-            async with asyncio.timeout(left_s):
-                await self._changed.wait()
-        except TimeoutError:
-            raise LinkError(source.peer, f"no chunk within {ANSWER_S:.0f} s") from None
+        self.donors.release()
 
     # the stage
 
@@ -306,10 +111,4 @@ class StateLoader:
         except torch.OutOfMemoryError:
             raise
         except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-            raise ProtocolError(self._names(), f"the state does not fit: {error}") from None
-
-
-def _most_held(offers: Collection[Offer]) -> Offer:
-    """What most hold; of two that equally many hold the newer one."""
-    held = Counter(offers)
-    return max(held, key=lambda offer: (held[offer], offer.name[1]))
+            raise ProtocolError(self.donors.names, f"the state does not fit: {error}") from None

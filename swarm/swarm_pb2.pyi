@@ -218,14 +218,16 @@ class WatchFrame(_message.Message):
     def __init__(self, heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., joined: _Optional[bool] = ...) -> None: ...
 
 class StateAsk(_message.Message):
-    __slots__ = ("stage", "step", "begun")
+    __slots__ = ("stage", "step", "begun", "at")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     BEGUN_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
     stage: int
     step: int
     begun: int
-    def __init__(self, stage: _Optional[int] = ..., step: _Optional[int] = ..., begun: _Optional[int] = ...) -> None: ...
+    at: int
+    def __init__(self, stage: _Optional[int] = ..., step: _Optional[int] = ..., begun: _Optional[int] = ..., at: _Optional[int] = ...) -> None: ...
 
 class StateChunk(_message.Message):
     __slots__ = ("mean", "number", "index")

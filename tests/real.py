@@ -13,6 +13,8 @@ import torch
 
 from averaging.errors import AveragingError
 from averaging.network import PeerId
+from swarm.archive import Archive
+from swarm.checkpoint import Checkpoint
 from swarm.compute import ComputeThread
 from swarm.config import RunConfig, dump_run
 from swarm.launch import Child, LocalRun
@@ -56,6 +58,19 @@ class RealSwarm:
             prefix = "parameter/"
             whole |= {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         return whole
+
+    async def archive(self, folder: Path, newest: Checkpoint | None = None) -> Archive:
+        """In this process; `newest` is there for peers from now on."""
+        archive = Archive(
+            network=self.here.network,
+            directory=self.here.directory,
+            config=self.config,
+            folder=folder,
+            newest=newest,
+            addresses=self.here.addresses,
+        )
+        await archive.start()
+        return archive
 
     async def _state_of(self, stage: int, version: int) -> dict[str, torch.Tensor]:
         end = time.monotonic() + FOUND_S

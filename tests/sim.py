@@ -9,12 +9,15 @@ import random
 from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from averaging.memory_network import Link, MemoryHub
 from averaging.network import Network, PeerId
+from swarm.archive import Archive
 from swarm.auxiliary import Auxiliary
+from swarm.checkpoint import Checkpoint
 from swarm.compute import Compute, Priority, VirtualCompute
 from swarm.config import RunConfig, parse_run
 from swarm.directory import MemoryDirectory
@@ -86,6 +89,7 @@ class Sim:
         self.hub.link = lambda a, b: Link(latency_s=self.latency_s)
         self.peers: dict[PeerId, SimPeer | SimVolunteer] = {}
         self.auxiliaries: dict[PeerId, asyncio.Task[None]] = {}
+        self.archives: dict[PeerId, asyncio.Task[None]] = {}
         self.names = itertools.count()
         # (peer, stage) -> step -> microbatches
         self.contributed: dict[tuple[PeerId, int], dict[int, list[bytes]]] = {}
@@ -263,6 +267,27 @@ class Sim:
         leaving.task.cancel()
         leaving.compute.close()
         self.hub.kill(peer_id)
+
+    async def start_archive(self, folder: Path, newest: Checkpoint | None = None) -> Archive:
+        """In a process of its own; ends with the test, or when the hub kills it."""
+
+        async def at_once(work):  # the event loop's time is not that of a disk
+            return work()
+
+        name = f"archive{next(self.names):02d}"
+        archive = Archive(
+            network=self.hub.network(name),
+            directory=self.directory,
+            config=self.config,
+            folder=folder,
+            newest=newest,
+            in_thread=at_once,
+        )
+        await archive.start()
+        task = asyncio.create_task(archive.run(), name=name)
+        task.add_done_callback(self._peer_ended)
+        self.archives[name] = task
+        return archive
 
     async def start_trainer(self, name: PeerId = "trainer") -> Pipeline:
         self.pipeline = Pipeline(

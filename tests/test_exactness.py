@@ -18,6 +18,7 @@ import pytest
 import torch
 import uvloop
 
+from swarm.checkpoint import checkpoints_in, read_checkpoint
 from swarm.config import RunConfig, parse_run
 from tests.plain import train_plain, worst_difference
 from tests.real import RealSwarm, hashes, real_swarm, text
@@ -59,15 +60,15 @@ def endless_text(config: RunConfig, seed: int = 0) -> Iterator[torch.Tensor]:
         yield (start + step * torch.arange(shape[1]) + noise) % 256
 
 
-async def train(swarm: RealSwarm, disturb=None) -> Trainer:
-    """Run the strict trainer in this process to its end, with `disturb` beside it."""
+async def train(swarm: RealSwarm, disturb=None, *, first: int = 0) -> Trainer:
+    """Run the strict trainer in this process to its end from microbatch `first`, with `disturb` beside it."""
     config = swarm.config
     trainer = Trainer(
         network=swarm.here.network,
         directory=swarm.here.directory,
         config=config,
         number=0,
-        microbatches=endless_text(config),
+        microbatches=itertools.islice(endless_text(config), first, None),
         held_out=list(itertools.islice(endless_text(config, seed=1), 2)),
     )
     disturbing = asyncio.create_task(disturb(swarm, trainer)) if disturb else None
@@ -217,6 +218,41 @@ def test_strict_run_equals_plain_training_although_a_volunteer_moves(tmp_path):
     plain = train_plain(config, endless_text(config), steps)
     worst, name = worst_difference(ours, plain)
     assert "moved from stage 1 to stage 0" in said, said[-4000:]
+    assert worst <= 1e-5, f"{name} is off by {worst:.2e}"
+    print(f"worst tensor {name}: {worst:.2e}")
+
+
+@pytest.mark.real
+@pytest.mark.timeout(280)
+def test_a_strict_run_that_goes_on_from_its_checkpoint_equals_plain_training(tmp_path):
+    settings = ["model.stages=2", "training.optimizer.decay_steps=10", "archive.every_steps=100"]
+    half, whole = (strict_run(*settings, f"training.steps={steps}") for steps in (5, 10))
+    checkpoints = tmp_path / "checkpoints"
+
+    async def first_half() -> None:
+        async with real_swarm(half, tmp_path / "first") as swarm:
+            for stage in (0, 1):
+                await swarm.start_peer(stage)
+            archive = await swarm.archive(checkpoints)
+            archiving = asyncio.create_task(archive.run())
+            await train(swarm)
+            await swarm.until(lambda: archive.is_complete, 30, "the end is archived")
+            archiving.cancel()
+
+    async def second_half() -> dict[str, torch.Tensor]:
+        (newest,) = checkpoints_in(checkpoints)
+        async with real_swarm(whole, tmp_path / "second") as swarm:
+            await swarm.archive(checkpoints, read_checkpoint(newest, whole))
+            for stage in (0, 1):
+                await swarm.start_peer(stage)
+            per_step = whole.training.target_batch_tokens // whole.training.microbatch_tokens
+            trainer = await train(swarm, first=5 * per_step)
+            assert trainer.evaluations[0]["step"] == 5
+            return await swarm.parameters(10)
+
+    uvloop.run(first_half())
+    ours = uvloop.run(second_half())
+    worst, name = worst_difference(ours, train_plain(whole, endless_text(whole), 10))
     assert worst <= 1e-5, f"{name} is off by {worst:.2e}"
     print(f"worst tensor {name}: {worst:.2e}")
 

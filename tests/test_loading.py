@@ -5,8 +5,8 @@ import logging
 
 from rich.console import Console
 
+from swarm.donors import Loading
 from swarm.loading import LoadingLines, loading_bar
-from swarm.state import Loading
 
 MB = 1_000_000
 

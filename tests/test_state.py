@@ -17,8 +17,10 @@ from swarm.chunks import Contents, chunks_of, hash_of
 from swarm.compute import VirtualCompute
 from swarm.config import TrainingConfig
 from swarm.donor import SERVICE, Allowance, Donor
+from swarm.donors import DONORS
+from swarm.holdings import StageHoldings
 from swarm.stage import Stage
-from swarm.state import DONORS, StateLoader
+from swarm.state import StateLoader
 
 WIDTH = 1024  # of a square matrix: the state has 12 chunks
 RATE = 1_000_000.0  # bytes per second of every donor's link
@@ -34,7 +36,8 @@ class Mate:
         self.stage = Stage(nn.Linear(width, width, bias=False), TrainingConfig(), stage=0, stages=1)
         self.compute = VirtualCompute(lambda priority: 0.001)
         uplink = UplinkMeter()
-        self.donor = Donor(self.network, self.stage, self.compute, upload_share=0.5, uplink=uplink)
+        self.holdings = StageHoldings(self.stage, self.compute)
+        self.donor = Donor(self.network, self.holdings, upload_share=0.5, uplink=uplink)
         self.loadings: list = []
         self.loader = StateLoader(
             self.network,
@@ -55,7 +58,9 @@ class Mate:
         mean = torch.randn(self.stage.values, generator=generator)
         ids = [number.to_bytes(16, "big")]
         self.stage.apply(mean, ids)
-        self.donor.keep(number, mean, ids)
+        if self.donor.is_held:
+            self.holdings.keep(number, mean, ids)
+        self.holdings.reached()
 
 
 def step_all(mates, steps: int = 1) -> None:
@@ -121,7 +126,7 @@ def test_steps_that_close_while_the_state_comes_are_replayed():
         newcomer.loader.release()
         await asyncio.sleep(1)
         step_all(mates)
-        assert not any(mate.donor._means or mate.donor._states for mate in mates), "kept for nobody"
+        assert not any(mate.holdings._means or mate.holdings._states for mate in mates), "kept for nobody"
 
     simulate(test)
 
@@ -215,12 +220,39 @@ class _Superseded(MemoryStream):
 def test_the_state_goes_over_the_better_way_that_was_found_meanwhile():
     async def test(hub, now):
         mates, newcomer = await donors_of(hub, 2), Mate(hub, "newcomer", seed=1)
-        network = newcomer.loader._network = _Improving(newcomer.network)
+        network = newcomer.loader.donors._network = _Improving(newcomer.network)
         assert await newcomer.loader.load(names(mates))
         assert sorted(network.opened) == sorted(names(mates) * 2)
-        assert not any(source.superseded for source in newcomer.loader._sources)
-        assert len(newcomer.loader._sources) == 2 and now() < DATA_BYTES / RATE / 2 * 1.15 + 1.5
+        assert not any(source.superseded for source in newcomer.loader.donors._sources)
+        assert len(newcomer.loader.donors._sources) == 2 and now() < DATA_BYTES / RATE / 2 * 1.15 + 1.5
         assert_same(newcomer, mates[0])
+
+    simulate(test)
+
+
+def test_a_state_asked_for_beforehand_is_that_of_its_version_however_far_the_donors_are_when_it_comes():
+    async def test(hub, now):
+        mates, archive = await donors_of(hub, 2), Mate(hub, "archive", seed=1)
+        donors = archive.loader.donors
+        donors._network = _Improving(archive.network)
+        asking = asyncio.ensure_future(donors.offers(names(mates), at=5))
+        for step in range(3, 9):
+            await asyncio.sleep(1)
+            assert asking.done() == (step >= 5)
+            step_all(mates)
+        offers = asking.result()
+        assert [offer.name for offer in offers] == [(False, 5)] * 2 and offers[0] == offers[1]
+        data = await donors.state(donors.best(offers))
+        assert not any(source.superseded for source in donors._sources)
+        archive.loader._load(data, 5)
+        donors.release()
+        reference = Mate(hub, "reference")
+        step_all([reference], 5)
+        assert_same(archive, reference)
+        await asyncio.sleep(1)
+        step_all(mates)
+        assert not any(mate.holdings._means or mate.holdings._states for mate in mates), "kept for nobody"
+        assert await donors.offers(names(mates), at=5) == [], "it is past"
 
     simulate(test)
 
@@ -274,7 +306,7 @@ def test_of_many_peers_a_few_are_asked_and_dead_ones_are_passed_over():
             hub.kill(name)
         assert await newcomer.loader.load(names(mates))
         assert_same(newcomer, mates[4])
-        assert len(newcomer.loader._sources) == DONORS
+        assert len(newcomer.loader.donors._sources) == DONORS
 
     simulate(test)
 
@@ -300,7 +332,7 @@ def test_three_newcomers_at_three_versions_need_no_more_than_two_snapshots_of_a_
         for newcomer in newcomers:
             loading.append(asyncio.ensure_future(newcomer.loader.load(names([mate]))))
             await asyncio.sleep(1)
-            assert len(mate.donor._states) <= 2
+            assert len(mate.holdings._states) <= 2
             step_all([mate])
         assert all(await asyncio.gather(*loading))
         for newcomer in newcomers:
@@ -377,7 +409,7 @@ def test_newcomers_get_their_share_of_the_uplink_and_no_more():
     async def test(hub, now):
         uplink = UplinkMeter()  # as of a volunteer who has said nothing of it
         mate = Mate(hub, "donor")
-        donor = Donor(mate.network, mate.stage, mate.compute, upload_share=0.5, uplink=uplink)
+        donor = Donor(mate.network, mate.holdings, upload_share=0.5, uplink=uplink)
         await donor._allowance.spend(1 << 40)
         await donor._allowance.spend(1 << 40)
         assert now() == 0, "nothing is known of it"

@@ -153,10 +153,12 @@ def _text_documents(files: list[str]) -> Iterator[dict[str, str]]:
 
 
 def training_microbatches(
-    data: DataConfig, training: TrainingConfig, tokenizer: Tokenizer, *, trainer: int
+    data: DataConfig, training: TrainingConfig, tokenizer: Tokenizer, *, trainer: int, since: int = 0
 ) -> Iterator[torch.Tensor]:
-    """Endless [B, T + 1] microbatches of training text, different for every trainer number."""
-    texts = documents(data, validation=False, seed=training.seed + 7919 * trainer, forever=True)
+    """Endless [B, T + 1] microbatches of training text, different for every trainer number and for those that
+    begin later, when the run has taken `since` steps."""
+    seed = training.seed + 7919 * trainer + 104729 * since
+    texts = documents(data, validation=False, seed=seed, forever=True)
     return microbatches(sequences(texts, tokenizer, training.sequence_tokens), training.microbatch_sequences)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from swarm.metrics import MetricsSender
 from swarm.process import joined, watch_daemon
+from swarm.volunteer import all_rosters
 from trainers.data import Prefetch, evaluation_microbatches, make_tokenizer, training_microbatches
 from trainers.trainer import Trainer
 
@@ -31,7 +32,11 @@ async def train(options: TrainerOptions) -> int:
         held_out = await loop.run_in_executor(
             None, evaluation_microbatches, config.data, config.training, tokenizer
         )
-        texts = training_microbatches(config.data, config.training, tokenizer, trainer=options.number)
+        rosters = await all_rosters(here.directory, config.model.stages)
+        since = max((record.version for roster in rosters for record in roster), default=0)
+        texts = training_microbatches(
+            config.data, config.training, tokenizer, trainer=options.number, since=since
+        )
         microbatches = Prefetch(texts)
         trainer = Trainer(
             network=here.network,

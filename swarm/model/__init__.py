@@ -58,6 +58,13 @@ def _multiply_adds(module: nn.Module) -> float:
     return float(max(1, sum(p.numel() for parameters in own for p in parameters if p.ndim > 1)))
 
 
+def stage_shapes(config: ModelConfig, stage: int) -> dict[str, torch.Size]:
+    """Of the trainable parameters of a stage, by name. Raises ConfigError for a bad factory."""
+    with _Uninitialised(torch.device("meta")):
+        module = _factory(config.factory)(config, stage)
+    return {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+
+
 class _Uninitialised(TorchFunctionMode):
     """Modules are built without values of their own: `initialise` draws all of them.
 

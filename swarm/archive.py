@@ -1,0 +1,245 @@
+"""The archive: checkpoints of a run, and a state for a stage that has lost all its peers.
+
+    ask a few peers of every stage, before they get there, for their state at one and the same version
+    write what comes, a stage at a time; a checkpoint counts once all stages are on disk
+    stand on every stage's roster with the newest one: whoever finds nobody else begins from there
+
+A version that cannot be had of every stage is given up; the next one comes.
+
+I/O: the directory, files, and streams to donors and newcomers; one event loop.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import math
+import mmap
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from averaging.bandwidth import UplinkMeter
+from averaging.errors import AveragingError, LinkError
+from averaging.network import Network
+from swarm.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, keep_newest
+from swarm.config import RunConfig
+from swarm.directory import Directory
+from swarm.donor import Donor
+from swarm.donors import Donors, NoDonorError
+from swarm.holdings import Given, given_of
+from swarm.model import stage_shapes
+from swarm.records import MAX_ADDRESSES, PeerRecord
+from swarm.scope import at_stage
+from swarm.source import Offer
+
+ASKED = 2  # peers of a stage, for the state at one version
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    stage: int
+    values: int
+
+
+class Archive:
+    """Of one run, in one process; any process that has joined may run it."""
+
+    def __init__(
+        self,
+        *,
+        network: Network,
+        directory: Directory,
+        config: RunConfig,
+        folder: Path,
+        newest: Checkpoint | None = None,
+        addresses: Sequence[str] = (),
+        in_thread: Callable[[Callable[[], Any]], Awaitable[Any]] = asyncio.to_thread,
+    ) -> None:
+        """`folder` is where checkpoints go; `newest` is what the run goes on from; `in_thread` writes."""
+        self._in_thread = in_thread
+        self._network, self._directory, self._config, self._folder = network, directory, config, folder
+        self.newest = newest
+        self.every_steps = config.archive.every_steps
+        self._addresses = tuple(addresses)[:MAX_ADDRESSES]
+        self._shelves: list[_Shelf] = []
+        self._donors: list[Donor] = []
+        self._tried = 0 if newest is None else newest.step
+        self._seen = (float("-inf"), 0)  # when, and the version of the stage that was furthest then
+
+    async def start(self) -> None:
+        """Give what is archived to whoever asks."""
+        for stage in range(self._config.model.stages):
+            shelf = _Shelf(stage)
+            donor = Donor(
+                at_stage(self._network, stage),
+                shelf,
+                upload_share=self._config.network.upload_share,
+                uplink=UplinkMeter(),
+            )
+            self._shelves.append(shelf)
+            self._donors.append(donor)
+            await donor.start()
+        if self.newest is not None:
+            await self._put_up(self.newest)
+            await self._announce(self.newest)
+
+    async def run(self) -> None:
+        """Archive, and be found, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._be_found())
+            if self.every_steps:
+                tasks.create_task(self._archive())
+
+    async def leave(self) -> None:
+        """Be found no more."""
+        for donor in self._donors:
+            donor.close()
+        for stage in range(self._config.model.stages if self.newest is not None else 0):
+            with contextlib.suppress(LinkError):
+                await self._directory.withdraw(self._record(stage, 0))
+
+    async def save_last(self, step: int) -> None:
+        """The end of a run, which stands still at `step`; `run` must have ended.
+
+        Raises AveragingError if some stage is elsewhere.
+        """
+        self.newest = await self._save(step)
+
+    @property
+    def is_complete(self) -> bool:
+        """Is the end of the run archived?"""
+        return self.newest is not None and self.newest.step >= self._config.training.steps
+
+    # writing
+
+    async def _archive(self) -> None:
+        while not self.is_complete:
+            step = self._tried = await self._next_step()
+            try:
+                self.newest = await self._save(step)
+                log.info("checkpoint of step %d: %s", step, self.newest.folder)
+                await self._put_up(self.newest)
+                await self._announce(self.newest)
+            except CheckpointError as error:
+                log.error("no checkpoint of step %d: %s", step, error)
+            except AveragingError as error:
+                log.warning("no checkpoint of step %d: %s", step, error)
+
+    async def _next_step(self) -> int:
+        """Wait until the next one is near: that one."""
+        every, last = self.every_steps, self._config.training.steps
+        while True:
+            await asyncio.sleep(self._config.network.announce_s)
+            with contextlib.suppress(LinkError):
+                version, pace = await self._furthest()
+                done = max(version + pace, self._tried)
+                step = min((done // every + 1) * every, last)  # there the run stands still: try again
+                if version and step - version <= 2 * pace + 1:
+                    return step
+
+    async def _furthest(self) -> tuple[int, int]:
+        """The version of the stage that is furthest, and about how many steps it takes between two
+        announcements. Raises LinkError."""
+        rosters = [await self._directory.roster(stage) for stage in range(self._config.model.stages)]
+        version = max((record.version for roster in rosters for record in roster if record.serves), default=0)
+        (seen_s, seen), now_s = self._seen, asyncio.get_running_loop().time()
+        self._seen = now_s, version
+        return version, math.ceil(max(0, version - seen) / (now_s - seen_s) * self._config.network.announce_s)
+
+    async def _save(self, step: int) -> Checkpoint:
+        """Raises AveragingError, CheckpointError; nothing is left on disk then."""
+        held: list[tuple[Donors, Offer]] = []
+        writer = CheckpointWriter(self._folder, self._config, step)
+        try:
+            stages = range(self._config.model.stages)
+            async with asyncio.TaskGroup() as asking:
+                asked = [asking.create_task(self._asked(stage, step)) for stage in stages]
+            held = [task.result() for task in asked]
+            for stage, (donors, offer) in enumerate(held):
+                await self._in_thread(functools.partial(writer.add, stage, await donors.state(offer)))
+            checkpoint: Checkpoint = await self._in_thread(writer.finish)
+            keep_newest(self._folder, self._config.archive.keep)
+            return checkpoint
+        except ExceptionGroup as group:
+            raise _first(group) from None
+        finally:
+            writer.drop()
+            for donors, _ in held:
+                donors.release()
+
+    async def _asked(self, stage: int, step: int) -> tuple[Donors, Offer]:
+        """Who gives the state of a stage at `step`, once it is there. Raises AveragingError."""
+        roster = [record for record in await self._directory.roster(stage) if record.serves]
+        newest = sorted(roster, key=lambda record: -record.version)[:ASKED]
+        part = _Part(stage, sum(s.numel() for s in stage_shapes(self._config.model, stage).values()))
+        donors = Donors(at_stage(self._network, stage), part)
+        offers = await donors.offers([record.peer for record in newest], at=step)
+        if not offers:
+            raise NoDonorError(f"nobody has the state of stage {stage} at that step")
+        return donors, donors.best(offers)
+
+    # being found
+
+    async def _be_found(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.network.announce_s)
+            if self.newest is not None:
+                await self._announce(self.newest)
+
+    async def _announce(self, checkpoint: Checkpoint) -> None:
+        for stage in range(self._config.model.stages):
+            try:
+                await self._directory.announce(self._record(stage, checkpoint.step))
+            except LinkError as error:
+                log.warning("the archive could not be announced: %s", error)
+
+    def _record(self, stage: int, version: int) -> PeerRecord:
+        return PeerRecord(
+            peer=self._network.peer_id,
+            stage=stage,
+            addresses=self._addresses,
+            name="archive",
+            version=version,
+            archives=True,
+            announced_s=time.time(),
+        )
+
+    async def _put_up(self, checkpoint: Checkpoint) -> None:
+        for stage, shelf in enumerate(self._shelves):
+            await shelf.put(checkpoint, checkpoint.files[stage])
+            self._donors[stage].available = True
+
+
+class _Shelf:
+    """One stage of the newest checkpoint; satisfies `swarm.holdings.Holdings`."""
+
+    def __init__(self, stage: int) -> None:
+        self.stage, self.version = stage, 0
+        self._given: Given | None = None
+
+    async def put(self, checkpoint: Checkpoint, path: Path) -> None:
+        with path.open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self._given = await given_of((False, checkpoint.step), data)
+        self.version = checkpoint.step
+
+    async def state(self, begun: int | None) -> Given | None:
+        return self._given
+
+    async def state_at(self, version: int) -> Given | None:
+        return self._given if version == self.version else None
+
+    async def mean(self, step: int) -> Given | None:
+        return None  # it has only what it has
+
+    def forget(self, wanted: object, since: int | None) -> None:
+        """The rest is on disk."""
+
+
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, ExceptionGroup) else first

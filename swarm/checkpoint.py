@@ -1,0 +1,209 @@
+"""Checkpoints on disk: all stages of a run at the same version, whole or not there at all.
+
+    checkpoints/step-00000100/checkpoint.json          format, step, model, and every file with its hash
+    checkpoints/step-00000100/stage-0.safetensors      as donors give it: parameters, optimizer, history
+
+A checkpoint is written beside its place and moved there once every byte of it is on disk. What is read is
+checked first; an error is one line that names the file and the field.
+
+I/O: files.
+"""
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from swarm.config import ModelConfig, RunConfig
+from swarm.errors import UserError
+from swarm.model import stage_shapes
+from swarm.stage import HISTORY, state_kinds
+
+FORMAT = 1
+DESCRIPTION, PARTIAL = "checkpoint.json", ".partial"
+BLOCK_BYTES = 1 << 20
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used; nothing of it was."""
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    name: str = Field(pattern=r"^[\w.-]+$")
+    size_bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class _Description(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    format: int
+    step: int = Field(ge=0, lt=2**53)
+    strict: bool
+    model: dict[str, object]
+    stages: tuple[_File, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One that is whole."""
+
+    folder: Path
+    step: int
+    files: tuple[Path, ...]  # by stage
+
+
+class CheckpointWriter:
+    """Puts one checkpoint together, a stage at a time."""
+
+    def __init__(self, parent: Path, config: RunConfig, step: int) -> None:
+        """Raises CheckpointError if nothing can be written there."""
+        self._parent, self._config, self._step = parent, config, step
+        self._folder = parent / (_name(step) + PARTIAL)
+        self._files: dict[int, _File] = {}
+        try:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"{self._folder}: cannot be created: {error.strerror}") from None
+
+    def add(self, stage: int, data: bytes | bytearray) -> None:
+        """The state of one stage. Raises CheckpointError."""
+        name = f"stage-{stage}.safetensors"
+        self._write(name, data)
+        digest = hashlib.sha256(data).hexdigest()
+        self._files[stage] = _File(name=name, size_bytes=len(data), sha256=digest)
+
+    def finish(self) -> Checkpoint:
+        """Move it to its place. Raises CheckpointError."""
+        description = _Description(
+            format=FORMAT,
+            step=self._step,
+            strict=self._config.training.strict,
+            model=self._config.model.model_dump(mode="json"),
+            stages=tuple(self._files[stage] for stage in range(self._config.model.stages)),
+        )
+        self._write(DESCRIPTION, description.model_dump_json(indent=1).encode())
+        place = self._parent / _name(self._step)
+        try:
+            shutil.rmtree(place, ignore_errors=True)  # of the same step: from before a resume
+            self._folder.rename(place)
+            _sync(self._parent)
+        except OSError as error:
+            raise CheckpointError(f"{place}: cannot be written: {error.strerror}") from None
+        return Checkpoint(place, self._step, tuple(place / file.name for file in description.stages))
+
+    def drop(self) -> None:
+        """It will not be whole."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _write(self, name: str, data: bytes | bytearray) -> None:
+        path = self._folder / name
+        try:
+            with path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def checkpoints_in(parent: Path) -> list[Path]:
+    """The folders of all that are whole, the newest last."""
+    return sorted(path for path in parent.glob("step-*") if path.is_dir() and path.suffix != PARTIAL)
+
+
+def keep_newest(parent: Path, count: int) -> None:
+    """Delete the older ones."""
+    for path in checkpoints_in(parent)[:-count]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_checkpoint(folder: Path, config: RunConfig) -> Checkpoint:
+    """Check every byte of it. Raises CheckpointError: one line that names the file and the field."""
+    description = _described(folder / DESCRIPTION)
+    path = folder / DESCRIPTION
+    ours = config.model.model_dump(mode="json")
+    for field in ModelConfig.model_fields:
+        if description.model.get(field) != ours[field]:
+            raise CheckpointError(
+                f"{path}: model.{field} is {description.model.get(field)!r}, the run has {ours[field]!r}"
+            )
+    if description.strict != config.training.strict:
+        raise CheckpointError(
+            f"{path}: strict is {description.strict}, the run has training.strict {config.training.strict}"
+        )
+    if len(description.stages) != config.model.stages:
+        raise CheckpointError(f"{path}: stages: {len(description.stages)} of {config.model.stages} are there")
+    for stage, file in enumerate(description.stages):
+        _check_file(folder / file.name, file)
+        _check_shapes(folder / file.name, config, stage)
+    return Checkpoint(folder, description.step, tuple(folder / file.name for file in description.stages))
+
+
+def _described(path: Path) -> _Description:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        description = _Description.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise CheckpointError(f"{path}: {field}: {first['msg']}") from None
+    if description.format != FORMAT:
+        age = "older" if description.format < FORMAT else "newer"
+        raise CheckpointError(
+            f"{path}: format {description.format} is {age} than this program's {FORMAT}: "
+            "resume with the version that wrote it"
+        )
+    return description
+
+
+def _check_file(path: Path, file: _File) -> None:
+    digest = hashlib.sha256()
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as opened:
+            while block := opened.read(BLOCK_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if size_bytes != file.size_bytes:
+        raise CheckpointError(f"{path}: size_bytes: {size_bytes}, {DESCRIPTION} says {file.size_bytes}")
+    if digest.hexdigest() != file.sha256:
+        raise CheckpointError(f"{path}: sha256 is not the one in {DESCRIPTION}: the file is damaged")
+
+
+def _check_shapes(path: Path, config: RunConfig, stage: int) -> None:
+    shapes = stage_shapes(config.model, stage)
+    kinds = state_kinds(strict=config.training.strict)
+    wanted = {f"{kind}/{name}": tuple(shape) for kind in kinds for name, shape in shapes.items()}
+    try:
+        with safetensors.safe_open(path, framework="pt") as opened:
+            found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: is no safetensors file: {error}") from None
+    found.pop(HISTORY, None)
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            there, here = found.get(name, "not there"), wanted.get(name, "not there")
+            raise CheckpointError(f"{path}: {name} is {there}, in the run's model it is {here}")
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _sync(folder: Path) -> None:
+    """A rename is on disk once its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,126 @@
+"""The archive: checkpoints of one version, a stage that has lost all its peers, and a run that goes on."""
+
+import asyncio
+
+import safetensors.torch
+
+from averaging import virtual_time
+from swarm.checkpoint import checkpoints_in, read_checkpoint
+from tests.sim import Sim, tiny_run
+from tests.test_swarm import train
+
+EVERY = 4
+SETTINGS = (f"archive.every_steps={EVERY}", "network.announce_s=1")
+
+
+def simulate(test, *overrides: str, peers: int = 2) -> None:
+    async def main():
+        sim = Sim(tiny_run(*SETTINGS, *overrides), 0)
+        for stage in range(3):
+            for _ in range(peers):
+                await sim.start_peer(stage)
+        await sim.start_trainer()
+        await test(sim)
+        assert not sim.errors, sim.errors
+
+    virtual_time.run(main())
+
+
+def versions(sim) -> list[int]:
+    return [max(p.peer.stage.version for p in sim.peers.values() if p.stage == s) for s in range(3)]
+
+
+def test_all_stages_are_archived_at_the_same_version_while_training_goes_on(tmp_path):
+    async def test(sim):
+        archive = await sim.start_archive(tmp_path)
+        await train(sim, 250)
+        await sim.until(lambda: archive.newest is not None and archive.newest.step >= 2 * EVERY, 30)
+        found = [read_checkpoint(folder, sim.config) for folder in checkpoints_in(tmp_path)]
+        assert len(found) >= 2 and all(checkpoint.step % EVERY == 0 for checkpoint in found)
+        for checkpoint in found:
+            for stage, path in enumerate(checkpoint.files):
+                some = next(p for p in sim.peers.values() if p.stage == stage)
+                copy = some.peer._build()
+                copy.load(safetensors.torch.load(path.read_bytes()), checkpoint.step)
+                assert sim.hashes[stage, checkpoint.step] == {copy.hash()}
+        assert not any(p.peer._donor.is_held for p in sim.peers.values()), "no means are kept for an archive"
+
+    simulate(test)
+
+
+def test_a_stage_that_has_lost_all_peers_goes_on_from_the_archive(tmp_path):
+    async def test(sim):
+        archive = await sim.start_archive(tmp_path)
+        await train(sim, 200)
+        await sim.until(lambda: archive.newest is not None, 30)
+        for peer in [p.id for p in sim.peers.values() if p.stage == 1]:
+            sim.kill(peer)
+        await asyncio.sleep(2 * sim.config.network.expire_s)
+        archived = archive.newest.step
+        newcomer = await sim.start_peer(1)
+        await sim.until(lambda: newcomer in sim.pipeline._heard_s, 60)
+        assert sim.peers[newcomer].peer.stage.version == archived >= EVERY
+        await train(sim, 40, first=200)
+        assert sim.peers[newcomer].peer.stage.version > archived
+
+    simulate(test)
+
+
+def test_a_run_goes_on_from_its_checkpoint_and_peers_take_it_only_while_nobody_lives(tmp_path):
+    async def first(sim):
+        archive = await sim.start_archive(tmp_path)
+        await train(sim, 200)
+        await sim.until(lambda: archive.newest is not None, 30)
+
+    simulate(first)
+
+    async def again():
+        sim = Sim(tiny_run(*SETTINGS, "archive.every_steps=0"), 0)
+        newest = read_checkpoint(checkpoints_in(tmp_path)[-1], sim.config)
+        await sim.start_archive(tmp_path, newest)
+        for stage in range(3):
+            for _ in range(2):
+                await sim.start_peer(stage)
+        await sim.start_trainer()
+        await sim.until(lambda: sim.pipeline.ready_stages == 3 and sim.all_acquainted())
+        assert versions(sim) == [newest.step] * 3
+        for number in range(1000, 1040):  # what the checkpoint contains already would not be counted again
+            await sim.until(lambda: sim.pipeline.ledger.in_flight < 6)
+            sim.issue(number)
+        await sim.until(lambda: len(sim.completed) == 40)
+        assert min(versions(sim)) > newest.step
+        late = await sim.start_peer(0)
+        await sim.until(lambda: late in sim.pipeline._heard_s, 60)
+        assert sim.peers[late].peer.stage.version > newest.step
+        assert sim.pipeline.ledger.counters["lost"] == 0
+
+    virtual_time.run(again())
+
+
+def test_a_version_that_a_stage_has_passed_is_given_up_and_the_next_one_comes(tmp_path):
+    async def test(sim):
+        archive = await sim.start_archive(tmp_path)
+        training = asyncio.ensure_future(train(sim, 320))
+        await sim.until(lambda: archive.newest is not None, 60)
+        before = archive.newest.step
+        victims = [p.id for p in sim.peers.values() if p.stage == 2][:1]
+        for victim in victims:  # one of those that were asked
+            sim.kill(victim)
+        await sim.start_peer(2)
+        await training
+        await sim.until(lambda: archive.newest.step > before, 60)
+
+    simulate(test, peers=3)
+
+
+def test_an_archive_that_dies_leaves_no_trace(tmp_path):
+    async def test(sim):
+        await sim.start_archive(tmp_path)
+        await train(sim, 20)
+        ((name, task),) = sim.archives.items()
+        sim.hub.kill(name)
+        task.cancel()
+        await train(sim, 60, first=20)
+        assert min(versions(sim)) >= 6
+
+    simulate(test)
