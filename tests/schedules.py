@@ -19,6 +19,7 @@ from trainers import events as ev
 from trainers.ledger import Ledger
 
 MICROBATCHES = 40
+MODEL = "model.factory=tests.tiny:build"
 FAULTS = ["kill", "kill", "kill two", "terminate", "terminate", "hang", "hang long", "cut", "cut trainer"]
 S = TypeVar("S", bound="Schedule")
 
@@ -27,6 +28,7 @@ def profile(seed: int) -> list[str]:
     """The configuration of a schedule: delayed updates, codecs and kept graphs vary."""
     rng = random.Random(f"profile {seed}")
     return [
+        MODEL,
         f"training.delayed_updates={rng.choice(['true', 'false'])}",
         f"pipeline.keep_graphs={rng.choice([0, 2, 8])}",
         f"averaging.codec={rng.choice(['float32', 'int8'])}",

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from averaging.memory_network import Link
 from swarm.mailbox import Phase
 from tests.plain import train_plain, worst_difference
-from tests.schedules import Schedule, main
+from tests.schedules import MODEL, Schedule, main
 from tests.sim import Sim, SimPeer, tiny_run
 
 STEPS, MICROBATCHES = 6, 8  # per step
 STRICT = (
+    MODEL,
     "training.strict=true",
     "training.delayed_updates=false",
     f"training.steps={STEPS}",
