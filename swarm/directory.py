@@ -6,7 +6,9 @@ The shell on hivemind's DHT is in `swarm.dht`.
 from collections.abc import Callable
 from typing import Protocol
 
+from averaging.errors import LinkError
 from averaging.network import PeerId
+from swarm.errors import NoAnswerError
 from swarm.records import PeerRecord
 
 
@@ -22,6 +24,21 @@ class Directory(Protocol):
     async def roster(self, stage: int) -> list[PeerRecord]:
         """The valid records of a stage, in no particular order."""
         ...
+
+
+async def read_rosters(directory: Directory, stages: int) -> list[list[PeerRecord]]:
+    """Of all stages. Raises LinkError."""
+    return [await directory.roster(number) for number in range(stages)]
+
+
+async def all_rosters(directory: Directory, stages: int) -> list[list[PeerRecord]]:
+    """For a user who waits. Raises UserError."""
+    try:
+        return await read_rosters(directory, stages)
+    except LinkError as error:
+        raise NoAnswerError(
+            f"cannot read who serves which stage ({error}): try again, or name one with --stage"
+        ) from None
 
 
 class MemoryDirectory:

@@ -14,13 +14,14 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.config import LocalConfig, RunConfig
 
-STOP_S = 6.0
+STOP_S = 4.0  # beyond what a peer may take to leave
 
 
 @dataclass(slots=True)
@@ -35,6 +36,17 @@ class Child:
     @property
     def running(self) -> bool:
         return self.process.returncode is None
+
+
+@dataclass(frozen=True, slots=True)
+class Living:
+    """Who takes part in the run already, wherever it was started."""
+
+    peers: Mapping[int, int]  # by stage
+    trainers: int
+
+
+NOBODY = Living(defaultdict(int), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +78,18 @@ class LocalRun:
         self.kills: list[Kill] = []
         (folder / "logs").mkdir(parents=True, exist_ok=True)
 
-    async def start(self, *, minutes: float | None) -> None:
+    async def start(self, *, minutes: float | None, living: Living = NOBODY) -> None:
+        """What the run file asks for, but for what lives already."""
         local = self._config.local
         if local is None:
             return
         counts = local.peers(self._config.model.stages)
+        self._numbers = {"peer": sum(living.peers.values()), "trainer": living.trainers}  # names are taken
         for round_number in range(max(counts)):
             for stage, count in enumerate(counts):
-                if round_number < count:
+                if round_number < count - living.peers[stage]:
                     await self.start_peer(stage)
-        for _ in range(local.trainers):
+        for _ in range(local.trainers - living.trainers):
             bound = () if minutes is None else ("--minutes", f"{minutes:.3f}")
             number = str(self._numbers["trainer"])
             await self._start("trainer", None, ["trainers.cli", "trainer", "--number", number, *bound])
@@ -142,7 +156,7 @@ class LocalRun:
                 child.process.send_signal(signal.SIGTERM)
         waiting = [asyncio.ensure_future(c.process.wait()) for c in running]
         if waiting:
-            await asyncio.wait(waiting, timeout=STOP_S)
+            await asyncio.wait(waiting, timeout=self._config.network.leave_s + STOP_S)
         for child in running:
             if child.running:
                 with contextlib.suppress(ProcessLookupError):

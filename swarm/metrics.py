@@ -22,6 +22,7 @@ from swarm import swarm_pb2 as pb
 
 SERVICE = "metrics"
 MAX_BYTES = 256 * 1024
+MOST_PAUSE_S = 8.0  # between tries to reach an organizer that is away
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class MetricsSender:
         pause_s = period_s
         while True:
             await asyncio.sleep(pause_s)
-            pause_s = period_s if await self.send() else min(30.0, 2 * pause_s)
+            pause_s = period_s if await self.send() else min(MOST_PAUSE_S, 2 * pause_s)
 
     async def send_last(self) -> None:
         """Push the final values; tried again if the organizer does not take them at once."""

@@ -97,6 +97,11 @@ class Monitor:
         """Names of the peers that report."""
         return [str(values.get("name")) for values in self._of("peer", fresh=True).values()]
 
+    @property
+    def trainers(self) -> int:
+        """Those that report."""
+        return len(self._of("trainer", fresh=True))
+
     def peer_of(self, name: str) -> PeerId | None:
         return next((p for p, v in self._of("peer").items() if v.get("name") == name), None)
 

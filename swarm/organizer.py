@@ -27,15 +27,21 @@ from swarm.checkpoint import Checkpoint, CheckpointError, checkpoints_in, read_c
 from swarm.config import RunConfig, dump_run
 from swarm.dht import HivemindDirectory
 from swarm.errors import UserError
-from swarm.launch import LocalRun, last_line
+from swarm.launch import NOBODY, LocalRun, last_line
 from swarm.manifest import pack_manifest
 from swarm.metrics import serve_metrics
 from swarm.monitor import Monitor
 from swarm.process import best_address, joined
+from swarm.returning import reachable, read_addresses, remember_peers, who_lives
 
 REPUBLISH_S = 3600.0
 CHECKPOINTS = "checkpoints"
-KEPT = (CHECKPOINTS, "identity")  # of a run that is resumed: it is the same to those who have joined it
+PEERS = "peers"  # where some could be dialled lately
+KEPT = (
+    CHECKPOINTS,
+    PEERS,
+    "identity",
+)  # of a run that is resumed: it is the same to those who have joined it
 LAST_CHECKPOINT_S = 120.0
 log = logging.getLogger(__name__)
 PLAIN_LINE_S = 10.0  # period of progress lines when the output is no terminal
@@ -58,7 +64,8 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
     folder = _fresh_folder(options.folder, keep=KEPT if options.resume else ())
     (folder / "config.yaml").write_text(dump_run(config))
     identity = folder / "identity"
-    async with joined([], listen=options.host, port=options.port, identity=identity) as here:
+    join = await reachable(read_addresses(folder / PEERS))
+    async with joined(join, listen=options.host, port=options.port, identity=identity) as here:
         await here.directory.publish_manifest(pack_manifest(dump_run(config)))
         republishing = asyncio.create_task(_republish(here.directory, config))
         await here.directory.manifest(here.network.peer_id)
@@ -66,7 +73,7 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
         command = f"swarm-peer --join {best_address(here.addresses)}"
         monitor = Monitor(config, folder)
         await serve_metrics(here.network, monitor.take)
-        join, seed = best_address(here.addresses), config.training.seed
+        remembering = asyncio.create_task(remember_peers(here.directory, config.model.stages, folder / PEERS))
         archive = Archive(
             network=here.network,
             directory=here.directory,
@@ -77,21 +84,25 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
         )
         await archive.start()
         archiving = asyncio.create_task(archive.run())
-        local = LocalRun(config, join, folder, listen=options.host, seed=seed)
+        address, seed = best_address(here.addresses), config.training.seed
+        local = LocalRun(config, address, folder, listen=options.host, seed=seed)
         watching = _Watch(console, monitor, local, options, command)
         try:
             console.print(f"others join with:  [bold]{command}[/]", soft_wrap=True)
             if newest is not None:
                 console.print(f"going on from step {newest.step}: {newest.folder}", soft_wrap=True)
-            await local.start(minutes=options.minutes)
+            living = await who_lives(here.directory, monitor) if join else NOBODY
+            if living.trainers or sum(living.peers.values()):
+                console.print(f"it lives: {sum(living.peers.values())} peers, {living.trainers} trainers")
+            await local.start(minutes=options.minutes, living=living)
             await asyncio.get_running_loop().run_in_executor(None, monitor.open_wandb)
             await watching.until_the_end(archiving)
             archiving.cancel()
             await asyncio.wait([archiving])
             await _archive_the_end(archive, monitor.step(), console)
         finally:
-            republishing.cancel()
-            archiving.cancel()
+            for task in (republishing, archiving, remembering):
+                task.cancel()
             console.print("ending what this run has started ...")
             await asyncio.shield(local.stop())
             await asyncio.shield(archive.leave())

@@ -17,14 +17,14 @@ from swarm.assignment import choose_assisted
 from swarm.auxiliary import Auxiliary
 from swarm.compute import ComputeThread, spread_over
 from swarm.config import RunConfig
-from swarm.directory import Directory
+from swarm.directory import Directory, all_rosters
 from swarm.errors import UserError
 from swarm.loading import shown_loading
 from swarm.manifest import Manifest
 from swarm.metrics import MetricsSender
 from swarm.peer import Peer
 from swarm.process import Joined, best_address, joined, watch_daemon
-from swarm.volunteer import Volunteer, all_rosters
+from swarm.volunteer import Volunteer
 
 log = logging.getLogger(__name__)
 

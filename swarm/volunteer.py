@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from averaging.errors import AveragingError, LinkError, NoAnswerError
+from averaging.errors import AveragingError, LinkError
 from averaging.network import PeerId
 from swarm.assignment import choose_stage, seats_of
 from swarm.config import RunConfig
-from swarm.directory import Directory
+from swarm.directory import Directory, all_rosters, read_rosters
 from swarm.jobs import is_out_of_memory
 from swarm.model import stage_costs
 from swarm.peer import Peer
@@ -176,18 +176,3 @@ class Volunteer:
         """The others that serve a stage, by the roster. Raises LinkError."""
         others = await self._directory.roster(stage)
         return [other for other in others if other.peer != self._me and other.serves]
-
-
-async def read_rosters(directory: Directory, stages: int) -> list[list[PeerRecord]]:
-    """Of all stages. Raises LinkError."""
-    return [await directory.roster(number) for number in range(stages)]
-
-
-async def all_rosters(directory: Directory, stages: int) -> list[list[PeerRecord]]:
-    """For a user who waits. Raises UserError."""
-    try:
-        return await read_rosters(directory, stages)
-    except LinkError as error:
-        raise NoAnswerError(
-            f"cannot read who serves which stage ({error}): try again, or name one with --stage"
-        ) from None

@@ -4,9 +4,9 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
+from swarm.directory import all_rosters
 from swarm.metrics import MetricsSender
 from swarm.process import joined, watch_daemon
-from swarm.volunteer import all_rosters
 from trainers.data import Prefetch, evaluation_microbatches, make_tokenizer, training_microbatches
 from trainers.trainer import Trainer
 
