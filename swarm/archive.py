@@ -15,6 +15,7 @@ import functools
 import logging
 import math
 import mmap
+import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from swarm.scope import at_stage
 from swarm.source import Offer
 
 ASKED = 2  # peers of a stage, for the state at one version
+WITHDRAW_S = 2.0
 log = logging.getLogger(__name__)
 
 
@@ -58,6 +60,7 @@ class Archive:
         newest: Checkpoint | None = None,
         addresses: Sequence[str] = (),
         in_thread: Callable[[Callable[[], Any]], Awaitable[Any]] = asyncio.to_thread,
+        rng: random.Random | None = None,
     ) -> None:
         """`folder` is where checkpoints go; `newest` is what the run goes on from; `in_thread` writes."""
         self._in_thread = in_thread
@@ -68,6 +71,7 @@ class Archive:
         self._shelves: list[_Shelf] = []
         self._donors: list[Donor] = []
         self._tried = 0 if newest is None else newest.step
+        self._rng = rng or random.SystemRandom()
         self._seen = (float("-inf"), 0)  # when, and the version of the stage that was furthest then
 
     async def start(self) -> None:
@@ -85,7 +89,7 @@ class Archive:
             await donor.start()
         if self.newest is not None:
             await self._put_up(self.newest)
-            await self._announce(self.newest)
+        await self._announce()  # also without any: then nobody needs to wait for one
 
     async def run(self) -> None:
         """Archive, and be found, until cancelled."""
@@ -98,16 +102,14 @@ class Archive:
         """Be found no more."""
         for donor in self._donors:
             donor.close()
-        for stage in range(self._config.model.stages if self.newest is not None else 0):
-            with contextlib.suppress(LinkError):
-                await self._directory.withdraw(self._record(stage, 0))
+        stages = range(self._config.model.stages)
+        with contextlib.suppress(LinkError, TimeoutError):
+            async with asyncio.timeout(WITHDRAW_S):
+                await asyncio.gather(*(self._directory.withdraw(self._record(stage)) for stage in stages))
 
-    async def save_last(self, step: int) -> None:
-        """The end of a run, which stands still at `step`; `run` must have ended.
-
-        Raises AveragingError if some stage is elsewhere.
-        """
-        self.newest = await self._save(step)
+    async def save_last(self) -> None:
+        """The end of a run, every stage where it stands; `run` must have ended. Raises AveragingError."""
+        self.newest = await self._save(None)
 
     @property
     def is_complete(self) -> bool:
@@ -117,13 +119,13 @@ class Archive:
     # writing
 
     async def _archive(self) -> None:
-        while not self.is_complete:
+        while True:
             step = self._tried = await self._next_step()
             try:
                 self.newest = await self._save(step)
                 log.info("checkpoint of step %d: %s", step, self.newest.folder)
                 await self._put_up(self.newest)
-                await self._announce(self.newest)
+                await self._announce()
             except CheckpointError as error:
                 log.error("no checkpoint of step %d: %s", step, error)
             except AveragingError as error:
@@ -137,80 +139,105 @@ class Archive:
             with contextlib.suppress(LinkError):
                 version, pace = await self._furthest()
                 done = max(version + pace, self._tried)
-                step = min((done // every + 1) * every, last)  # there the run stands still: try again
-                if version and step - version <= 2 * pace + 1:
+                step = min((done // every + 1) * every, last)
+                if version and version < step != self._tried and step - version <= 2 * pace + 1:
                     return step
 
     async def _furthest(self) -> tuple[int, int]:
         """The version of the stage that is furthest, and about how many steps it takes between two
         announcements. Raises LinkError."""
         rosters = [await self._directory.roster(stage) for stage in range(self._config.model.stages)]
-        version = max((record.version for roster in rosters for record in roster if record.serves), default=0)
+        version = max(map(_claimed, rosters))
         (seen_s, seen), now_s = self._seen, asyncio.get_running_loop().time()
         self._seen = now_s, version
         return version, math.ceil(max(0, version - seen) / (now_s - seen_s) * self._config.network.announce_s)
 
-    async def _save(self, step: int) -> Checkpoint:
-        """Raises AveragingError, CheckpointError; nothing is left on disk then."""
-        held: list[tuple[Donors, Offer]] = []
-        writer = CheckpointWriter(self._folder, self._config, step)
+    async def _save(self, step: int | None) -> Checkpoint:
+        """All stages at `step`, or where they stand. Raises AveragingError; nothing is left on disk then."""
+        donors = [self._donors_of(stage) for stage in range(self._config.model.stages)]
+        writer: CheckpointWriter | None = None
         try:
-            stages = range(self._config.model.stages)
-            async with asyncio.TaskGroup() as asking:
-                asked = [asking.create_task(self._asked(stage, step)) for stage in stages]
-            held = [task.result() for task in asked]
-            for stage, (donors, offer) in enumerate(held):
-                await self._in_thread(functools.partial(writer.add, stage, await donors.state(offer)))
-            checkpoint: Checkpoint = await self._in_thread(writer.finish)
-            keep_newest(self._folder, self._config.archive.keep)
+            offers = await self._offers(donors, step)
+            versions = {offer.name[1] for offer in offers}
+            if self._config.training.strict and len(versions) > 1:
+                raise NoDonorError("the stages stand at different steps")
+            writer = await self._whole(
+                functools.partial(CheckpointWriter, self._folder, self._config, min(versions))
+            )
+            for stage, offer in enumerate(offers):
+                data = await donors[stage].state(offer)
+                await self._whole(functools.partial(writer.add, stage, data, offer.name[1]))
+            checkpoint: Checkpoint = await self._whole(writer.finish)
+            await self._whole(functools.partial(keep_newest, self._folder, self._config.archive.keep))
             return checkpoint
-        except ExceptionGroup as group:
-            raise _first(group) from None
         finally:
-            writer.drop()
-            for donors, _ in held:
-                donors.release()
+            for each in donors:
+                each.release()
+            if writer is not None:
+                await self._whole(writer.drop)
 
-    async def _asked(self, stage: int, step: int) -> tuple[Donors, Offer]:
-        """Who gives the state of a stage at `step`, once it is there. Raises AveragingError."""
-        roster = [record for record in await self._directory.roster(stage) if record.serves]
-        newest = sorted(roster, key=lambda record: -record.version)[:ASKED]
-        part = _Part(stage, sum(s.numel() for s in stage_shapes(self._config.model, stage).values()))
-        donors = Donors(at_stage(self._network, stage), part)
-        offers = await donors.offers([record.peer for record in newest], at=step)
+    async def _whole(self, work: Callable[[], Any]) -> Any:
+        """Do `work` on files to its end, also when cancelled: two must not work on the same ones."""
+        doing = asyncio.ensure_future(self._in_thread(work))
+        try:
+            return await asyncio.shield(doing)
+        except asyncio.CancelledError:
+            await asyncio.wait([doing])
+            raise
+
+    def _donors_of(self, stage: int) -> Donors:
+        values = sum(shape.numel() for shape in stage_shapes(self._config.model, stage).values())
+        return Donors(at_stage(self._network, stage), _Part(stage, values))
+
+    async def _offers(self, donors: Sequence[Donors], step: int | None) -> list[Offer]:
+        """Of every stage; if one cannot be had, nobody else is waited for. Raises AveragingError."""
+        asking = [asyncio.create_task(self._offer(d, stage, step)) for stage, d in enumerate(donors)]
+        try:
+            return await asyncio.gather(*asking)
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.wait(asking)
+
+    async def _offer(self, donors: Donors, stage: int, step: int | None) -> Offer:
+        """Of the state of a stage at `step`, once it is there, or now. Raises AveragingError."""
+        serving = [record.peer for record in await self._directory.roster(stage) if record.serves]
+        asked = self._rng.sample(serving, min(ASKED, len(serving)))
+        offers = await donors.offers(asked, at=step)
         if not offers:
-            raise NoDonorError(f"nobody has the state of stage {stage} at that step")
-        return donors, donors.best(offers)
+            raise NoDonorError(f"nobody has the state of stage {stage}" + ("" if step is None else " then"))
+        if step is not None and len(set(offers)) > 1:
+            raise NoDonorError(f"peers of stage {stage} disagree about its state at that step")
+        return donors.best(offers)
 
     # being found
 
     async def _be_found(self) -> None:
         while True:
             await asyncio.sleep(self._config.network.announce_s)
-            if self.newest is not None:
-                await self._announce(self.newest)
+            await self._announce()
 
-    async def _announce(self, checkpoint: Checkpoint) -> None:
+    async def _announce(self) -> None:
         for stage in range(self._config.model.stages):
             try:
-                await self._directory.announce(self._record(stage, checkpoint.step))
+                await self._directory.announce(self._record(stage))
             except LinkError as error:
                 log.warning("the archive could not be announced: %s", error)
 
-    def _record(self, stage: int, version: int) -> PeerRecord:
+    def _record(self, stage: int) -> PeerRecord:
         return PeerRecord(
             peer=self._network.peer_id,
             stage=stage,
             addresses=self._addresses,
             name="archive",
-            version=version,
+            version=self.newest.versions[stage] if self.newest is not None else 0,
             archives=True,
             announced_s=time.time(),
         )
 
     async def _put_up(self, checkpoint: Checkpoint) -> None:
         for stage, shelf in enumerate(self._shelves):
-            await shelf.put(checkpoint, checkpoint.files[stage])
+            await shelf.put(checkpoint.versions[stage], checkpoint.files[stage])
             self._donors[stage].available = True
 
 
@@ -221,11 +248,11 @@ class _Shelf:
         self.stage, self.version = stage, 0
         self._given: Given | None = None
 
-    async def put(self, checkpoint: Checkpoint, path: Path) -> None:
+    async def put(self, version: int, path: Path) -> None:
         with path.open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        self._given = await given_of((False, checkpoint.step), data)
-        self.version = checkpoint.step
+        self._given = await given_of((False, version), data)
+        self.version = version
 
     async def state(self, begun: int | None) -> Given | None:
         return self._given
@@ -240,6 +267,7 @@ class _Shelf:
         """The rest is on disk."""
 
 
-def _first(group: ExceptionGroup[Exception]) -> Exception:
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, ExceptionGroup) else first
+def _claimed(roster: Sequence[PeerRecord]) -> int:
+    """The version that half of a stage's peers have reached, by what they say: one alone may say anything."""
+    versions = sorted(record.version for record in roster if record.serves)
+    return versions[(len(versions) - 1) // 2] if versions else 0

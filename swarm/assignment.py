@@ -50,7 +50,7 @@ def choose_assisted(rosters: Sequence[Sequence[PeerRecord]]) -> tuple[int, str]:
 
     def crowd(stage: int) -> float:
         helpers = sum(record.aggregates_only for record in rosters[stage])
-        return (len(rosters[stage]) - helpers) / (1 + helpers)
+        return sum(record.computes for record in rosters[stage]) / (1 + helpers)
 
     stage = max(range(len(rosters)), key=lambda s: (crowd(s), -s))
     return stage, f"it has {len(rosters[stage])} peers"

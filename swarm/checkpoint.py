@@ -1,6 +1,6 @@
-"""Checkpoints on disk: all stages of a run at the same version, whole or not there at all.
+"""Checkpoints on disk: all stages of a run, whole or not there at all.
 
-    checkpoints/step-00000100/checkpoint.json          format, step, model, and every file with its hash
+    checkpoints/step-00000100/checkpoint.json          format, model, and every stage's file, version and hash
     checkpoints/step-00000100/stage-0.safetensors      as donors give it: parameters, optimizer, history
 
 A checkpoint is written beside its place and moved there once every byte of it is on disk. What is read is
@@ -11,6 +11,7 @@ I/O: files.
 
 import hashlib
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from swarm.stage import HISTORY, state_kinds
 
 FORMAT = 1
 DESCRIPTION, PARTIAL = "checkpoint.json", ".partial"
+NAME = re.compile(r"step-\d{8,}")
 BLOCK_BYTES = 1 << 20
 
 
@@ -37,12 +39,12 @@ class _File(BaseModel):
     name: str = Field(pattern=r"^[\w.-]+$")
     size_bytes: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    version: int = Field(ge=0, lt=2**53)
 
 
 class _Description(BaseModel):
     model_config = ConfigDict(frozen=True)
     format: int
-    step: int = Field(ge=0, lt=2**53)
     strict: bool
     model: dict[str, object]
     stages: tuple[_File, ...]
@@ -53,8 +55,13 @@ class Checkpoint:
     """One that is whole."""
 
     folder: Path
-    step: int
-    files: tuple[Path, ...]  # by stage
+    versions: tuple[int, ...]  # by stage: all the same, or nearly where a run had ended
+    files: tuple[Path, ...]
+
+    @property
+    def step(self) -> int:
+        """That every stage has come to."""
+        return min(self.versions)
 
 
 class CheckpointWriter:
@@ -71,18 +78,18 @@ class CheckpointWriter:
         except OSError as error:
             raise CheckpointError(f"{self._folder}: cannot be created: {error.strerror}") from None
 
-    def add(self, stage: int, data: bytes | bytearray) -> None:
-        """The state of one stage. Raises CheckpointError."""
+    def add(self, stage: int, data: bytes | bytearray, version: int) -> None:
+        """The state of one stage. Raises CheckpointError, also if it is none."""
         name = f"stage-{stage}.safetensors"
         self._write(name, data)
+        _check_contents(self._folder / name, self._config, stage)
         digest = hashlib.sha256(data).hexdigest()
-        self._files[stage] = _File(name=name, size_bytes=len(data), sha256=digest)
+        self._files[stage] = _File(name=name, size_bytes=len(data), sha256=digest, version=version)
 
     def finish(self) -> Checkpoint:
         """Move it to its place. Raises CheckpointError."""
         description = _Description(
             format=FORMAT,
-            step=self._step,
             strict=self._config.training.strict,
             model=self._config.model.model_dump(mode="json"),
             stages=tuple(self._files[stage] for stage in range(self._config.model.stages)),
@@ -91,11 +98,12 @@ class CheckpointWriter:
         place = self._parent / _name(self._step)
         try:
             shutil.rmtree(place, ignore_errors=True)  # of the same step: from before a resume
+            _sync(self._folder)
             self._folder.rename(place)
             _sync(self._parent)
         except OSError as error:
             raise CheckpointError(f"{place}: cannot be written: {error.strerror}") from None
-        return Checkpoint(place, self._step, tuple(place / file.name for file in description.stages))
+        return _checkpoint(place, description)
 
     def drop(self) -> None:
         """It will not be whole."""
@@ -114,7 +122,7 @@ class CheckpointWriter:
 
 def checkpoints_in(parent: Path) -> list[Path]:
     """The folders of all that are whole, the newest last."""
-    return sorted(path for path in parent.glob("step-*") if path.is_dir() and path.suffix != PARTIAL)
+    return sorted(path for path in parent.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir())
 
 
 def keep_newest(parent: Path, count: int) -> None:
@@ -141,8 +149,13 @@ def read_checkpoint(folder: Path, config: RunConfig) -> Checkpoint:
         raise CheckpointError(f"{path}: stages: {len(description.stages)} of {config.model.stages} are there")
     for stage, file in enumerate(description.stages):
         _check_file(folder / file.name, file)
-        _check_shapes(folder / file.name, config, stage)
-    return Checkpoint(folder, description.step, tuple(folder / file.name for file in description.stages))
+        _check_contents(folder / file.name, config, stage)
+    return _checkpoint(folder, description)
+
+
+def _checkpoint(folder: Path, description: _Description) -> Checkpoint:
+    versions = tuple(file.version for file in description.stages)
+    return Checkpoint(folder, versions, tuple(folder / file.name for file in description.stages))
 
 
 def _described(path: Path) -> _Description:
@@ -150,6 +163,8 @@ def _described(path: Path) -> _Description:
         text = path.read_text()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path}: is no text: the file is damaged") from None
     try:
         description = _Description.model_validate_json(text)
     except ValidationError as error:
@@ -180,20 +195,26 @@ def _check_file(path: Path, file: _File) -> None:
         raise CheckpointError(f"{path}: sha256 is not the one in {DESCRIPTION}: the file is damaged")
 
 
-def _check_shapes(path: Path, config: RunConfig, stage: int) -> None:
+def _check_contents(path: Path, config: RunConfig, stage: int) -> None:
+    """Has it the tensors of a state of that stage?"""
     shapes = stage_shapes(config.model, stage)
     kinds = state_kinds(strict=config.training.strict)
     wanted = {f"{kind}/{name}": tuple(shape) for kind in kinds for name, shape in shapes.items()}
     try:
         with safetensors.safe_open(path, framework="pt") as opened:
-            found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            found = {name: tuple(each.get_shape()) for name, each in slices.items()}
+            types = {name: each.get_dtype() for name, each in slices.items()}
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: is no safetensors file: {error}") from None
-    found.pop(HISTORY, None)
+    if found.pop(HISTORY, None) is None or types.pop(HISTORY) != "U8":
+        raise CheckpointError(f"{path}: {HISTORY} is not there")
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             there, here = found.get(name, "not there"), wanted.get(name, "not there")
             raise CheckpointError(f"{path}: {name} is {there}, in the run's model it is {here}")
+        if types[name] != "F32":
+            raise CheckpointError(f"{path}: {name} is of type {types[name]}, not F32")
 
 
 def _name(step: int) -> str:

@@ -165,7 +165,7 @@ class NetworkConfig(_Section):
     expire_s: Seconds = Field(16.0, description="age at which an unrenewed record is gone")
     heartbeat_s: Seconds = Field(0.5, description="period of heartbeats between trainer and peer")
     lease_s: Seconds = Field(8.0, description="silence after which a peer may no longer accumulate")
-    leave_s: Seconds = Field(8.0, description="most that a peer takes to finish and hand over, asked to stop")
+    leave_s: Seconds = Field(20.0, description="most that a peer asked to stop takes to finish")
     upload_share: float = Field(
         0.5, gt=0, le=1, description="of a peer's measured uplink, for newcomers that load its state"
     )

@@ -8,7 +8,7 @@ I/O: one event loop.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -132,7 +132,7 @@ class Donor:
             given = lease.given  # it has come back
         elif is_wish:
             lease.since = NEVER
-            given = await self._holdings.state_at(ask.at)
+            given = await self._unless_gone(stream, self._holdings.state_at(ask.at))
         else:
             given = await self._holdings.state(ask.begun if ask.HasField("begun") else None)
         busy = given is None and not (is_mean or is_wish)
@@ -144,6 +144,27 @@ class Donor:
         self._forget()
         packed = b"" if given is None else given.contents.pack()
         await stream.send(pb.FromDonor(offer=offer).SerializeToString(), packed)
+
+    async def _unless_gone(self, stream: Stream, coming: Coroutine[None, None, Given | None]) -> Given | None:
+        """What may take long, while the newcomer is heard. Raises LinkError, ProtocolError."""
+        waiting, hearing = asyncio.create_task(coming), asyncio.create_task(self._hear_out(stream))
+        try:
+            await asyncio.wait([waiting, hearing], return_when=asyncio.FIRST_COMPLETED)
+            if hearing.done():
+                raise hearing.result()
+            return waiting.result()
+        finally:
+            waiting.cancel()
+            hearing.cancel()
+
+    async def _hear_out(self, stream: Stream) -> LinkError | ProtocolError:
+        """Why nothing comes from it any more."""
+        try:
+            while await self._heard(stream) is not None:
+                pass
+        except (LinkError, ProtocolError) as error:
+            return error
+        return LinkError(stream.remote, "does not wait any more")
 
     async def _send_chunk(self, stream: Stream, lease: _Lease, wanted: pb.StateChunk) -> None:
         given = lease.given

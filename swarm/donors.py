@@ -58,17 +58,18 @@ class Donors:
         self._changed = asyncio.Event()
 
     async def offers(
-        self, peers: Sequence[PeerId], *, at_least: int = 0, at: int | None = None
+        self, peers: Sequence[PeerId], *, at_least: int = 0, at: int | None = None, outlasting: bool = False
     ) -> list[Offer]:
         """States that a few of the `peers` have, of version `at_least` or more, or `at` that version once it
-        is reached; the first peers first. Whoever was held before is released.
+        is reached; the first peers first. Whoever was held before is released. What `outlasting` peers have
+        is there again when they are.
 
         Raises:
             AveragingError: none has one, and at least one could not be asked: it may have one.
         """
         self.release()
         self._at = at
-        found, unheard = await self._offers_of(peers)
+        found, unheard = await self._offers_of(peers, outlasting)
         usable = {peer: offer for peer, offer in found.items() if offer.name[1] >= at_least}
         offers = [offer for peer, offer in usable.items() if peer not in self._lost] or [*usable.values()]
         if not offers:
@@ -129,7 +130,9 @@ class Donors:
 
     # donors
 
-    async def _offers_of(self, peers: Sequence[PeerId]) -> tuple[dict[PeerId, Offer], AveragingError | None]:
+    async def _offers_of(
+        self, peers: Sequence[PeerId], outlasting: bool
+    ) -> tuple[dict[PeerId, Offer], AveragingError | None]:
         """What a few of them have, the first first; and why one that may have a state could not be asked."""
         offers: dict[PeerId, Offer] = {}
         unheard: AveragingError | None = None
@@ -144,7 +147,7 @@ class Donors:
                     log.info("no state from %s: %s", peer[-8:], found)
                 else:
                     log.warning("no state from %s: %s", peer[-8:], found)
-                    if not (isinstance(found, LinkError) and found.refused):
+                    if outlasting or not (isinstance(found, LinkError) and found.refused):
                         unheard = found
         return offers, unheard
 
@@ -162,6 +165,10 @@ class Donors:
             self._sources.remove(source)
             source.close()
             return error
+        except asyncio.CancelledError:
+            self._sources.remove(source)
+            source.close()
+            raise
 
     async def _reopen(self, source: Source, version: int) -> None:
         """Past the daemons, if that has become possible: the first stream to a peer goes through them."""

@@ -11,6 +11,7 @@ computed again, and no plan commits with a microbatch in two sums.
 I/O: one stream each; one event loop. Design section 8.
 """
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Sequence
@@ -31,7 +32,7 @@ from swarm.stage import Stage
 from swarm.update import step_rules
 
 SERVICE = "handover"
-PART_VALUES, SILENCE_S = 1 << 20, 5.0
+PART_VALUES, SILENCE_S, AGAIN_S = 1 << 20, 5.0, 0.2
 log = logging.getLogger(__name__)
 
 
@@ -52,14 +53,21 @@ class Heir:
         self._network, self._stage, self._compute, self._server = network, stage, compute, server
         self._strict, self._max_staleness = config.training.strict, config.training.max_staleness
         self._most_tokens, self._mates = step_rules(config).max_weight, mates
-        self._is_taking = False  # one at a time: a sum takes as much memory as the stage
+        self._taking = asyncio.Lock()  # one at a time: a sum takes as much memory as the stage
+        self._stopped = False
 
     async def start(self) -> None:
         most = max(codec.size_bytes(PART_VALUES) for codec in CODECS.values())
         await self._network.serve(SERVICE, self._serve, max_payload_bytes=most)
 
+    async def stop(self) -> None:
+        """Take nothing any more, once what is under way is here."""
+        self._stopped = True
+        async with self._taking:
+            pass
+
     def close(self) -> None:
-        """Take nothing any more."""
+        """Answer nobody any more."""
         self._network.unserve(SERVICE)
 
     async def _serve(self, stream: Stream) -> None:
@@ -69,14 +77,11 @@ class Heir:
             offered = parse_handover(
                 stream.remote, frame.header, stage=self._stage.stage, most_tokens=self._most_tokens
             )
-            why_not = self._why_not(stream.remote, offered)
-            await _reply(stream, why_not)
-            if not why_not:
-                self._is_taking = True
-                try:
-                    await self._take(stream, offered)
-                finally:
-                    self._is_taking = False
+            if self._taking.locked():
+                await _reply(stream, "takes over from another one", pb.BUSY)
+            else:
+                async with self._taking:
+                    await self._answer(stream, offered)
             await stream.finish()
         except (LinkError, RejectedError) as error:
             log.warning("took nothing over: %s", error)
@@ -85,11 +90,12 @@ class Heir:
     def _why_not(self, giver: PeerId, offered: Handover) -> str:
         if giver not in self._mates():
             return "not on the roster here"
-        if self._is_taking:
-            return "takes over from another one"
-        if not self._server.has_room_for(offered.routes):
+        return self._unwelcome(offered) or self._unfit(offered)
+
+    def _unwelcome(self, offered: Handover) -> str:
+        if self._stopped or not self._server.has_room_for(offered.routes):
             return "leaves, too, or does not hear the trainers"
-        return self._unfit(offered)
+        return ""
 
     def _unfit(self, offered: Handover) -> str:
         """Why these gradients do not go with what is here; empty if they do."""
@@ -105,8 +111,12 @@ class Heir:
             return "has accumulated some of it, too"
         return ""
 
-    async def _take(self, stream: Stream, offered: Handover) -> None:
+    async def _answer(self, stream: Stream, offered: Handover) -> None:
         """Raises LinkError, RejectedError; nothing is taken then."""
+        why_not = self._why_not(stream.remote, offered)
+        await _reply(stream, why_not, pb.STALE if why_not else pb.ACCEPTED)
+        if why_not:
+            return
         vector = torch.empty(self._stage.values)
         for part in vector.split(PART_VALUES):
             if (frame := await stream.receive(SILENCE_S)) is None:
@@ -121,15 +131,21 @@ class Heir:
             why_not = self._unfit(offered)
             return why_not, 0 if why_not else self._stage.take_over(vector, offered.tokens, ids)
 
-        why_not, step = await between_hops(self._compute, add)
+        step, why_not = 0, self._unwelcome(offered)  # also by now
+        if not why_not:
+            why_not, step = await between_hops(self._compute, add)
         if not why_not:
             self._server.taken_over(offered.routes)
             log.info("took over %d microbatches of %s", len(ids), stream.remote[-8:])
-        await _reply(stream, why_not, step)
+        await _reply(stream, why_not, pb.STALE if why_not else pb.ACCEPTED, step)
 
 
 class _RefusedError(SwarmError):
     """The mate does not take it: ask another one."""
+
+
+class _BusyError(SwarmError):
+    """The mate does not take it now: ask again."""
 
 
 class _DoubtError(SwarmError):
@@ -139,15 +155,23 @@ class _DoubtError(SwarmError):
 async def hand_over(
     network: Network, offered: Handover, vector: torch.Tensor, mates: Sequence[PeerId], *, stage: int
 ) -> tuple[PeerId, int] | None:
-    """Give a sum [values] to the first of the `mates` that takes it: (who, the step it counts in there)."""
-    for mate in mates:
-        try:
-            return mate, await _give(network, offered, vector, mate, stage)
-        except _DoubtError as error:
-            log.info("handing over: %s", error)
-            break
-        except (LinkError, _RefusedError) as error:
-            log.info("handing over: %s", error)
+    """Give a sum [values] to the first of the `mates` that takes it: (who, the step it counts in there).
+
+    Those that are busy are asked again, for as long as the caller waits.
+    """
+    remaining = list(mates)
+    while remaining:
+        for mate in list(remaining):
+            try:
+                return mate, await _give(network, offered, vector, mate, stage)
+            except _BusyError:
+                continue
+            except (LinkError, _RefusedError, _DoubtError) as error:
+                log.info("handing over: %s", error)
+                if isinstance(error, _DoubtError):
+                    return None
+            remaining.remove(mate)
+        await asyncio.sleep(AGAIN_S)
     return None
 
 
@@ -181,11 +205,12 @@ async def _answer(stream: Stream) -> pb.HandoverReply:
         reply = pb.HandoverReply.FromString(frame.header)
     except DecodeError:
         raise LinkError(stream.remote, "malformed answer to a handover") from None
+    if reply.status == pb.BUSY:
+        raise _BusyError
     if reply.status != pb.ACCEPTED:
         raise _RefusedError(f"{stream.remote[-8:]} does not take it: {reply.reason[:200]}")
     return reply
 
 
-async def _reply(stream: Stream, why_not: str, step: int = 0) -> None:
-    status = pb.BUSY if why_not else pb.ACCEPTED
+async def _reply(stream: Stream, why_not: str, status: pb.Status, step: int = 0) -> None:
     await stream.send(pb.HandoverReply(status=status, reason=why_not, step=step).SerializeToString())

@@ -11,6 +11,7 @@ Snapshots are taken in the compute thread; one event loop.
 
 import asyncio
 import struct
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,7 +28,7 @@ from swarm.stage import Stage
 KEPT_STATES = 2  # another newcomer is offered one of these, and the means after it
 MOST_STATES = 4  # if those of slow newcomers are too old by now for anybody else
 KEPT_MEANS = 8  # who is further behind takes a newer state: that is less to send
-MOST_WISHES, WISH_S = 2, 3600.0
+MOST_WISHES, MOST_AHEAD = 2, 1000  # versions that are waited for; steps until then
 COUNT = struct.Struct("<I")
 Name = tuple[bool, int]  # (a mean?, its step or the state's version)
 
@@ -74,7 +75,8 @@ class StageHoldings:
         self._means: dict[int, Callable[[], bytes]] = {}  # by step
         self._packed_means: dict[int, Given] = {}
         self._packing = asyncio.Lock()
-        self._wishes: dict[int, asyncio.Future[None]] = {}  # versions that somebody waits for
+        self._wishes: dict[int, asyncio.Event] = {}  # versions that somebody waits for
+        self._waiting = Counter[int]()  # how many do
 
     @property
     def stage(self) -> int:
@@ -92,7 +94,13 @@ class StageHoldings:
     def reached(self) -> None:
         """The stage has come to its present version."""
         for version in [v for v in self._wishes if v <= self.version]:
-            self._wishes.pop(version).set_result(None)
+            self._wishes.pop(version).set()
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        for wish in self._wishes.values():
+            wish.set()
+        self._wishes.clear()
 
     async def state(self, begun: int | None) -> Given | None:
         """Of now, or `begun` or one of a moment ago with all means since."""
@@ -107,27 +115,33 @@ class StageHoldings:
                 return self._states[max(usable)]
             if len(self._states) >= MOST_STATES:
                 return None
-            version, data = await between_hops(
-                self._compute, lambda: (self._stage.version, serialized(self._stage))
-            )
-            given = self._states[version] = await given_of((False, version), data)
-            return given
+            return await self._snapshot()
 
     async def state_at(self, version: int) -> Given | None:
+        if not self.version <= version <= self.version + MOST_AHEAD:
+            return self._states.get(version)
         if version > self.version:
             if version not in self._wishes and len(self._wishes) >= MOST_WISHES:
                 return None
-            wish = self._wishes.setdefault(version, asyncio.get_running_loop().create_future())
+            wish = self._wishes.setdefault(version, asyncio.Event())
+            self._waiting[version] += 1
             try:
-                async with asyncio.timeout(WISH_S):
-                    await asyncio.shield(wish)
-            except TimeoutError:
-                return None
-        # Before the next step: that is a job which cannot be queued yet.
-        found, data = await between_hops(
+                await wish.wait()
+            finally:
+                self._waiting[version] -= 1
+                if not self._waiting[version]:
+                    self._wishes.pop(version, None)
+        async with self._packing:  # before the next step: that is a job which cannot be queued yet
+            if version not in self._states and len(self._states) < MOST_STATES:
+                await self._snapshot()
+            return self._states.get(version)
+
+    async def _snapshot(self) -> Given:
+        version, data = await between_hops(
             self._compute, lambda: (self._stage.version, serialized(self._stage))
         )
-        return await given_of((False, version), data) if found == version else None
+        given = self._states[version] = await given_of((False, version), data)
+        return given
 
     async def mean(self, step: int) -> Given | None:
         async with self._packing:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from averaging.errors import LinkError
 from averaging.network import PeerId
-from swarm.directory import Directory
+from swarm.directory import Directory, read_rosters
 from swarm.records import PeerRecord
 
 WITHDRAW_S, RETRY_S = 2.0, 1.0
@@ -27,8 +27,11 @@ class Membership:
         *,
         progress: Callable[[], tuple[int, float, int]],
         period_s: float,
+        archivist: PeerId | None = None,
     ) -> None:
-        """`own` is what to announce but for `progress`: the version, the speed, and the queue."""
+        """`own` is what to announce but for `progress`: the version, the speed, and the queue; `archivist` is
+        the one whose archive counts, or None for all."""
+        self._archivist = archivist
         self._directory, self._own = directory, own
         self._progress, self._period_s = progress, period_s
         self._begun_s = float("-inf")  # the last renewal
@@ -64,7 +67,13 @@ class Membership:
         self.others.clear()
         others = (record for record in records if record.peer != self._own.peer and not record.loading)
         self.others.update({record.peer: record for record in others if not record.archives})
-        self.archives = [record.peer for record in records if record.archives]
+        archives = [record.peer for record in records if record.archives]
+        self.archives = [peer for peer in archives if self._archivist in (None, peer)]
+
+    async def has_begun(self, stages: int) -> bool:
+        """Has any stage of the run taken a step? Raises LinkError."""
+        rosters = await read_rosters(self._directory, stages)
+        return any(record.serves and record.version > 0 for roster in rosters for record in roster)
 
     async def keep(self) -> None:
         """Renew the record and read the roster, every period, until cancelled."""

@@ -161,6 +161,19 @@ def parse_push(sender: PeerId, push: pb.Push, *, vocabulary: int) -> Push:
     )
 
 
+def nobodys(microbatch: bytes) -> Route:
+    """That of a microbatch whose trainer has left."""
+    return Route(
+        microbatch=microbatch,
+        session=bytes(SESSION_BYTES),
+        trainer="",
+        attempt=0,
+        peers=(),
+        forward_until=0,
+        backward_until=0,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Handover:
     """The gradients that a leaving peer has accumulated; their sum follows."""

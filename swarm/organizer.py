@@ -99,13 +99,13 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
             await watching.until_the_end(archiving)
             archiving.cancel()
             await asyncio.wait([archiving])
-            await _archive_the_end(archive, monitor.step(), console)
+            await _archive_the_end(archive, console)
         finally:
             for task in (republishing, archiving, remembering):
                 task.cancel()
             console.print("ending what this run has started ...")
-            await asyncio.shield(local.stop())
             await asyncio.shield(archive.leave())
+            await asyncio.shield(local.stop())
             summary = monitor.close(local.kills, console)
             _print_summary(console, summary)
     return 0
@@ -121,9 +121,10 @@ class _Watch:
         self._options, self._command = options, command
         self._began = time.time()
         self._next_kill: float | None = None
+        self._says_archive_failed = False
 
     async def until_the_end(self, archiving: "asyncio.Task[None]") -> None:
-        """Show and record until the trainers are done, the time is over, or a child or the archive fails."""
+        """Show and record until the trainers are done, the time is over, or a child fails."""
         period_s = self._monitor.config.monitor.period_s
         with Live(console=self._console, auto_refresh=False, transient=False) as live:
             while not self._is_over():
@@ -135,8 +136,9 @@ class _Watch:
                 elif (time.time() - self._began) % PLAIN_LINE_S < period_s:
                     self._console.print(table)
                 self._raise_if_a_child_failed()
-                if archiving.done():
-                    archiving.result()  # raises: it does not end by itself
+                if archiving.done() and not self._says_archive_failed:
+                    self._says_archive_failed = True  # a run without checkpoints is better than none
+                    log.error("the archive failed", exc_info=archiving.exception())
                 await asyncio.sleep(period_s)
             self._raise_if_a_child_failed()
 
@@ -176,14 +178,14 @@ async def _republish(directory: HivemindDirectory, config: RunConfig) -> None:
             log.warning("the run could not be announced anew: %s", error)
 
 
-async def _archive_the_end(archive: Archive, step: int, console: Console) -> None:
+async def _archive_the_end(archive: Archive, console: Console) -> None:
     """What the run has come to; without it, one may go on from the checkpoint before."""
-    if archive.every_steps and step and (archive.newest is None or archive.newest.step < step):
+    if archive.every_steps and not archive.is_complete:
         try:
             async with asyncio.timeout(LAST_CHECKPOINT_S):
-                await archive.save_last(step)
+                await archive.save_last()
         except (AveragingError, TimeoutError) as error:
-            log.info("no checkpoint of the last step: %s", error or "it took too long")
+            log.warning("no checkpoint of the end: %s", str(error) or "it took too long")
     if archive.newest is not None:
         console.print(f"checkpoint of step {archive.newest.step}: {archive.newest.folder}", soft_wrap=True)
 

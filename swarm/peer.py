@@ -67,6 +67,7 @@ class Peer:
         device: str = "cpu",
         name: str = "",
         fixed: bool = False,
+        archivist: PeerId | None = None,
         addresses: tuple[str, ...] = (),
         uplink: UplinkMeter | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -74,7 +75,7 @@ class Peer:
         on_step: Callable[[AppliedStep], None] = lambda done: None,
         on_loading: Callable[[Loading], None] = lambda loading: None,
     ) -> None:
-        """`fixed`: it stays in its stage, whatever happens."""
+        """`fixed`: it stays in its stage, whatever happens; `archivist`: whose archive to believe."""
         self._everybody, self._network = network, at_stage(network, stage)
         self._compute, self.config = compute, config
         self._run, self._stage_number, self._device, self._name = run, stage, device, name
@@ -85,12 +86,18 @@ class Peer:
         peer = network.peer_id
         record = PeerRecord(peer=peer, stage=stage, addresses=addresses, name=name, fixed=fixed)
         self.membership = Membership(
-            directory, record, progress=self._progress, period_s=config.network.announce_s
+            directory,
+            record,
+            progress=self._progress,
+            period_s=config.network.announce_s,
+            archivist=archivist,
         )
         self._seen, self._tokens_per_s = (0.0, clock()), 0.0
         self._speed = SpeedMeter(stage_costs(config.model)[stage])
         self._busy_before_s = compute.busy_s
         self._stepping: asyncio.Task[None] | None = None
+        self._renewing: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._join_s = 0.0  # from asking for the state to the first microbatch that counted here
 
     async def join(self) -> None:
@@ -191,9 +198,10 @@ class Peer:
         """
         try:
             await self.membership.read()
+            own, archives = self.stage.version, self.membership.archives
             found = await self._loader.load(self._donors())
-            if not (found or await self._loader.load(self.membership.archives)):
-                log.info("nobody has a state of stage %d yet: starting from the seed", self._stage_number)
+            if not (found or await self._loader.load(archives, at_least=own, outlasting=True)):
+                return await self._may_begin()
         except AveragingError as error:
             log.warning("waiting for the state of stage %d: %s", self._stage_number, error)
             await asyncio.sleep(REFETCH_PAUSE_S)
@@ -202,15 +210,38 @@ class Peer:
             log.warning("stage %d takes steps faster than they come here: trying again", self._stage_number)
         return not self._loader.outrun
 
+    async def _may_begin(self) -> bool:
+        """Nobody has a state, or a newer one than this peer. Raises LinkError."""
+        number = self._stage_number
+        if self.stage.version:
+            log.info(
+                "nobody else has a state of stage %d: going on at version %d", number, self.stage.version
+            )
+        elif self.membership.archives or not await self.membership.has_begun(self.config.model.stages):
+            log.info("nobody has a state of stage %d yet: starting from the seed", number)
+        else:
+            log.warning(
+                "stage %d has lost its state, and no archive is there: waiting for the organizer "
+                "(swarm run ... --resume)",
+                number,
+            )
+            await asyncio.sleep(self.config.network.announce_s)
+            return False
+        return True
+
     async def run(self) -> None:
         """Take part until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             self._stepping = tasks.create_task(self.updater.run())
-            tasks.create_task(self.membership.keep())
+            self._renewing = tasks.create_task(self.membership.keep())
 
     async def leave(self) -> None:
         """Finish, hand over what is accumulated, let all know; while `run` goes on, which takes no more steps
-        then. Bounded by `leave_s` and a goodbye."""
+        then. Bounded by `leave_s` and a goodbye; once, however often it is called."""
+        self._leaving = self._leaving or asyncio.create_task(self._leave())
+        await asyncio.shield(self._leaving)
+
+    async def _leave(self) -> None:
         if not hasattr(self, "server"):  # it never came to that
             return await self.membership.withdraw()
         self.server.draining = True
@@ -221,17 +252,22 @@ class Peer:
                     await self._finish(self._stepping, leave_s)
         except TimeoutError:
             log.warning("not all could be finished within %.0f s", leave_s)
+        if self._renewing is not None:
+            self._renewing.cancel()
         await self.membership.withdraw()
         await self.server.say_goodbye()
         self.close()
 
     async def _finish(self, stepping: "asyncio.Task[None]", leave_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(leave_s / 2):
-                await self.server.idle()
-        undecided = True  # is what was frozen in a step?
+        time_s = asyncio.get_running_loop().time
+        end_s = time_s() + leave_s
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(leave_s / 4):
+                await self.server.idle()
+                await self._heir.stop()
+        undecided = True  # is what was frozen in a step?
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(end_s - leave_s / 4 - time_s()):  # the rest is for handing over
                 await self.updater.between_plans()
                 undecided = False
         stepping.cancel()
@@ -241,7 +277,7 @@ class Peer:
             await self._hand_over(held)
 
     async def _hand_over(self, held: Accumulator) -> None:
-        routes = self.server.part_with(held)
+        routes = self.server.routes_of(held)
         codec = CODECS[self.config.averaging.codec]
         if codec.lossy:  # what is lost now is never made good: no coarser than this
             codec = CODECS["int8"]
@@ -249,10 +285,11 @@ class Peer:
         vector = await between_hops(self._compute, lambda: self.stage.vector(held))
         mates = [mate for mate in self._donors() if self.membership.others[mate].heading is None]
         given = await hand_over(self._network, offered, vector, mates, stage=self._stage_number)
-        if given is not None:
-            mate, step = given
-            log.info("handed %d microbatches over to %s", len(routes), mate[-8:])
-            self.server.handed_over(routes, mate, step)
+        if given is None:
+            return log.warning("nobody took %d microbatches over", len(routes))
+        mate, step = given
+        log.info("handed %d microbatches over to %s", len(routes), mate[-8:])
+        self.server.handed_over(routes, mate, step)
 
     def close(self) -> None:
         """Stop at once; the compute thread is its owner's."""
@@ -260,6 +297,7 @@ class Peer:
             self._loader.release()
             self._donor.close()
             self._heir.close()
+            self._holdings.close()
             self.server.close()
             self.updater.close()
 
@@ -312,6 +350,7 @@ class Peer:
         drifted = error is not None and error.version is None
         try:
             if not drifted and await self._loader.follow():
+                self._holdings.reached()
                 return True
             await self.membership.read()
             if await self._loader.load(self._donors(), at_least=self.stage.version):

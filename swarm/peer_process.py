@@ -85,6 +85,7 @@ async def serve(options: PeerOptions) -> int:
                         fixed=options.stage is not None,
                         compute=compute,
                         device=device,
+                        archivist=manifest.organizer,
                         on_loading=show,
                     )
 

@@ -34,6 +34,7 @@ from swarm.mailbox import Hop, Mailbox, Phase
 from swarm.messages import (
     Push,
     Route,
+    nobodys,
     pack_event,
     parse_hop_request,
     parse_push,
@@ -97,7 +98,6 @@ class HopServer:
         self.announced_version = 0  # the version that trainers have been told of, after what led to it
         self.orphans: set[bytes] = set()  # accumulated here, but their trainer may have re-issued them
         self._taken: dict[bytes, Route] = {}  # accumulated by stage mates that left, and in a sum here now
-        self._given: set[bytes] = set()  # accumulated here, and on their way to a stage mate
         self.on_progress: Callable[[], None] = lambda: None  # called when there is more to report
 
     async def start(self) -> None:
@@ -239,9 +239,9 @@ class HopServer:
                 await asyncio.gather(asyncio.wrap_future(hop.job), return_exceptions=True)
                 await asyncio.sleep(0)  # let the job's own continuation record what it did
             held = self._stage.holds(microbatch)
-            if microbatch in self._given or (held and self._route_of(microbatch)):
-                step, loss = (hop.step, hop.loss) if hop is not None else (held.step if held else 0, 0.0)
-                answer.accumulated.add(microbatch=microbatch, step=step, loss=loss)
+            if held is not None and self._route_of(microbatch) is not None:
+                loss = 0.0 if hop is None else hop.loss
+                answer.accumulated.add(microbatch=microbatch, step=held.step, loss=loss)
             else:
                 self._drop_if_of(sender, message.session, microbatch, attempts.get(microbatch))
         return answer.SerializeToString()
@@ -362,11 +362,9 @@ class HopServer:
         ):
             await asyncio.sleep(IDLE_LOOK_S)
 
-    def part_with(self, held: Accumulator) -> list[Route]:
-        """Whose gradients these are; they are on their way to a stage mate from now on."""
-        self._given.update(held.microbatches)
-        routes = map(self._route_of, held.microbatches)
-        return [route for route in routes if route is not None]
+    def routes_of(self, held: Accumulator) -> list[Route]:
+        """Whose gradients these are; without a trainer if nobody asks for one any more."""
+        return [self._route_of(microbatch) or nobodys(microbatch) for microbatch in held.microbatches]
 
     def handed_over(self, routes: Iterable[Route], to: PeerId, step: int) -> None:
         """Tell the trainers who has the gradients now."""
@@ -376,13 +374,14 @@ class HopServer:
 
     def has_room_for(self, routes: Iterable[Route]) -> bool:
         """May gradients of these microbatches be taken over: are their trainers heard?"""
-        return not self.draining and all(map(self._is_live, routes))
+        return not self.draining and all(self._is_live(route) for route in routes if route.trainer)
 
     def taken_over(self, routes: Iterable[Route]) -> None:
         """Gradients of a stage mate that leaves are in a sum here now."""
         for route in routes:
             self.counters["taken_over"] += 1
-            self._taken[route.microbatch] = route
+            if route.trainer:
+                self._taken[route.microbatch] = route
         self.on_progress()
 
     # one hop

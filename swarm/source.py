@@ -19,8 +19,9 @@ from averaging.network import Buffer, Stream, kept_alive
 from swarm import swarm_pb2 as pb
 from swarm.chunks import Contents, Download
 from swarm.donor import SILENCE_S
-from swarm.holdings import WISH_S, Name
+from swarm.holdings import Name
 
+WISH_S = 4 * 3600.0  # for a state at a version that is yet to come; a donor that is gone is noticed sooner
 ANSWER_S = 300.0  # for an offer, and for each chunk; who is not heard at all is given up much sooner
 ALLOWANCE_BYTES = 16 << 20  # for names, shapes and the history of microbatches
 VECTORS = 4  # of parameters, moments, and parameters before the last step

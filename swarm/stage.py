@@ -71,6 +71,7 @@ class Stage:
         self._previous: Weights | None = None
         self.accumulator = self.empty(0)
         self.frozen: Accumulator | None = None  # the sum that goes into the step which closes
+        self.parted: Accumulator | None = None  # what this peer, which leaves, gives to a stage mate
 
     @property
     def values(self) -> int:
@@ -193,8 +194,8 @@ class Stage:
         """Take out what is accumulated, and of an abandoned plan what is `frozen`; what comes now is new."""
         if frozen:
             self.thaw()
-        held, self.accumulator = self.accumulator, self.empty(self.accumulator.step)
-        return held
+        self.parted, self.accumulator = self.accumulator, self.empty(self.accumulator.step)
+        return self.parted
 
     def take_over(self, vector: torch.Tensor, tokens: int, microbatches: Collection[bytes]) -> int:
         """Add the sum [values] that a stage mate had accumulated; returns the step it counts in now."""
@@ -206,7 +207,8 @@ class Stage:
 
     def holds(self, microbatch: bytes) -> Accumulator | None:
         """The sum that its gradient is in."""
-        return next((held for held in self.sums if microbatch in held.microbatches), None)
+        held = [*self.sums, *([] if self.parted is None else [self.parted])]
+        return next((each for each in held if microbatch in each.microbatches), None)
 
     @staticmethod
     def vector(held: Accumulator) -> torch.Tensor:

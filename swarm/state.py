@@ -48,17 +48,19 @@ class StateLoader:
         self.donors = Donors(network, stage, on_loading=on_loading)
         self.outrun = False  # the donors have taken more steps than they keep the means of
 
-    async def load(self, peers: Sequence[PeerId], *, at_least: int = 0) -> bool:
+    async def load(self, peers: Sequence[PeerId], *, at_least: int = 0, outlasting: bool = False) -> bool:
         """Load the newest state of `peers`, of version `at_least` or more, and replay what closed meanwhile.
 
         One that is the stage's own already, bit by bit, as where all begin from the seed, is not transferred.
-        Returns False if none of them has one; the stage is then unchanged, as it is when this raises.
+        Returns False if none of them has one; the stage is then unchanged, as it is when this raises. The
+        state of `outlasting` peers, an archive's, is not lost when they are not there.
 
         Raises:
             AveragingError: none gave its state, and at least one could not be asked: it may have one.
         """
-        offers = await self.donors.offers(peers, at_least=at_least)
+        offers = await self.donors.offers(peers, at_least=at_least, outlasting=outlasting)
         if not offers:
+            self.outrun = False
             return False
         best = self.donors.best(offers)
         version, size = best.name[1], best.contents.size_bytes

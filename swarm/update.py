@@ -130,21 +130,21 @@ class Updater:
         self.participant.close()
 
     async def run(self) -> None:
-        """Close one step after the other until the run has all its steps; then stand still."""
+        """Close one step after the other, for ever."""
         self.state_hash = await between_hops(self._compute, self._stage.hash)
         for _ in range(CATCH_UPS):  # what closed while the state came, closed without this peer
             if not await self.participant.is_behind():
                 break
             await self._catch_up(None)
         log.info("serving stage %d at version %d", self._stage.stage, self._stage.version)
-        while self._stage.version < self._config.training.steps:
+        while True:
             try:
                 await self._apply(await self.participant.close_step(self))
             except BehindError as error:
                 log.info("step %d: %s", self._stage.version, error)
+                self._free.clear()  # what was frozen may be in the step that the others have taken
                 await self._catch_up(error)
-        log.info("all %d steps are taken", self._config.training.steps)
-        await asyncio.get_running_loop().create_future()  # hops may still be evaluated
+                self._free.set()
 
     async def between_plans(self) -> None:
         """Wait until no plan holds what is accumulated here; it is so until the event loop goes on."""

@@ -6,6 +6,7 @@ import safetensors.torch
 
 from averaging import virtual_time
 from swarm.checkpoint import checkpoints_in, read_checkpoint
+from swarm.donor import LINGER_S
 from tests.sim import Sim, tiny_run
 from tests.test_swarm import train
 
@@ -20,6 +21,7 @@ def simulate(test, *overrides: str, peers: int = 2) -> None:
             for _ in range(peers):
                 await sim.start_peer(stage)
         await sim.start_trainer()
+        await sim.until(lambda: sim.pipeline.ready_stages == 3 and sim.all_acquainted())
         await test(sim)
         assert not sim.errors, sim.errors
 
@@ -101,26 +103,38 @@ def test_a_version_that_a_stage_has_passed_is_given_up_and_the_next_one_comes(tm
     async def test(sim):
         archive = await sim.start_archive(tmp_path)
         training = asyncio.ensure_future(train(sim, 320))
-        await sim.until(lambda: archive.newest is not None, 60)
-        before = archive.newest.step
-        victims = [p.id for p in sim.peers.values() if p.stage == 2][:1]
-        for victim in victims:  # one of those that were asked
-            sim.kill(victim)
-        await sim.start_peer(2)
+        await sim.until(lambda: len(asked(sim, 2)) == 2, 60)
+        (step,) = {step for p in asked(sim, 2) for step in p.peer._holdings._wishes}
+        for peer in asked(sim, 2):
+            sim.kill(peer.id)
         await training
-        await sim.until(lambda: archive.newest.step > before, 60)
+        assert archive.newest is not None and archive.newest.step > step
+        names = [folder.name for folder in checkpoints_in(tmp_path)]
+        assert f"step-{step:08d}" not in names and not list(tmp_path.glob("*.partial"))
+        assert not any(p.peer._holdings._wishes for p in sim.peers.values() if p.stage != 2)
 
     simulate(test, peers=3)
+
+
+def asked(sim, stage: int) -> list:
+    """Peers that are to give their state at a version which is yet to come."""
+    return [p for p in sim.peers.values() if p.stage == stage and p.peer._holdings._wishes]
 
 
 def test_an_archive_that_dies_leaves_no_trace(tmp_path):
     async def test(sim):
         await sim.start_archive(tmp_path)
-        await train(sim, 20)
+        training = asyncio.ensure_future(train(sim, 20))
+        await sim.until(lambda: bool(asked(sim, 1)), 60)
         ((name, task),) = sim.archives.items()
         sim.hub.kill(name)
         task.cancel()
+        await training
         await train(sim, 60, first=20)
         assert min(versions(sim)) >= 6
+        await asyncio.sleep(2 * LINGER_S)
+        for p in sim.peers.values():
+            holdings = p.peer._holdings
+            assert not (p.peer._donor._leases or holdings._wishes or holdings._states or holdings._means)
 
     simulate(test)

@@ -28,7 +28,7 @@ def stage_of(config, number: int, step: int) -> Stage:
 def write(folder, config, step: int = 2):
     writer = CheckpointWriter(folder, config, step)
     for number in (2, 0, 1):
-        writer.add(number, serialized(stage_of(config, number, step)))
+        writer.add(number, serialized(stage_of(config, number, step)), step)
     return writer.finish()
 
 
@@ -37,7 +37,7 @@ def test_what_was_written_is_read_and_every_stage_can_load_it(tmp_path, strict):
     config = tiny_run(f"training.strict={strict}", "training.delayed_updates=false")
     written = write(tmp_path, config)
     found = read_checkpoint(written.folder, config)
-    assert found == written and found.step == 2
+    assert found == written and found.step == 2 and found.versions == (2, 2, 2)
     for number, path in enumerate(found.files):
         from safetensors.torch import load
 
@@ -49,7 +49,9 @@ def test_what_was_written_is_read_and_every_stage_can_load_it(tmp_path, strict):
 def test_one_that_is_not_finished_is_not_there(tmp_path):
     config = tiny_run()
     writer = CheckpointWriter(tmp_path, config, 7)
-    writer.add(0, b"abc")
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
+        writer.add(0, b"abc", 7)
+    writer.add(0, serialized(stage_of(config, 0, 0)), 7)
     assert checkpoints_in(tmp_path) == []
     writer.drop()
     assert list(tmp_path.iterdir()) == []
@@ -66,6 +68,8 @@ def test_the_newest_ones_are_kept_and_one_of_the_same_step_is_replaced(tmp_path)
     ]
     keep_newest(tmp_path, 2)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000002", "step-00000010"]
+    (tmp_path / "step-00000010").rename(tmp_path / "step-00000010.bad")
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000002"]
 
 
 def described(folder, **changes) -> None:
@@ -114,7 +118,11 @@ def other_shapes(folder):
             "checkpoint.json: format 0 is older than this program's 1",
         ),
         (lambda folder: described(folder, format=2), "checkpoint.json: format 2 is newer"),
-        (lambda folder: described(folder, step=-1), "checkpoint.json: step: Input should be greater"),
+        (
+            lambda folder: described(folder, stages=[{"version": -1}]),
+            "checkpoint.json: stages.0.name: Field req",
+        ),
+        (lambda folder: (folder / "checkpoint.json").write_bytes(b"\xff\x00"), "checkpoint.json: is no text"),
         (lambda folder: described(folder, stages=[]), "checkpoint.json: stages: 0 of 3 are there"),
         (lambda folder: described(folder, strict=True), "checkpoint.json: strict is True, the run has"),
         (other_shapes, r"stage-0.safetensors: exp_avg/\S+ is \(16, 16\), in the run's model it is \(16, 8\)"),

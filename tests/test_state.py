@@ -16,7 +16,7 @@ from swarm import swarm_pb2 as pb
 from swarm.chunks import Contents, chunks_of, hash_of
 from swarm.compute import VirtualCompute
 from swarm.config import TrainingConfig
-from swarm.donor import SERVICE, Allowance, Donor
+from swarm.donor import LINGER_S, SERVICE, Allowance, Donor
 from swarm.donors import DONORS
 from swarm.holdings import StageHoldings
 from swarm.stage import Stage
@@ -253,6 +253,26 @@ def test_a_state_asked_for_beforehand_is_that_of_its_version_however_far_the_don
         step_all(mates)
         assert not any(mate.holdings._means or mate.holdings._states for mate in mates), "kept for nobody"
         assert await donors.offers(names(mates), at=5) == [], "it is past"
+
+    simulate(test)
+
+
+def test_wishes_that_make_no_sense_are_refused_and_those_of_the_dead_forgotten():
+    async def test(hub, now):
+        (mate,), archive = await donors_of(hub, 1), Mate(hub, "archive", seed=1)
+        assert await archive.loader.donors.offers(["donor0"], at=10**12) == []
+        stranger = Mate(hub, "stranger", seed=1)
+        asking = [
+            asyncio.ensure_future(m.loader.donors.offers(["donor0"], at=9)) for m in (archive, stranger)
+        ]
+        await asyncio.sleep(1)
+        assert mate.holdings._wishes.keys() == {9}
+        hub.kill("stranger")
+        asking[1].cancel()
+        await asyncio.sleep(2 * LINGER_S)
+        assert mate.donor._leases.keys() == {"archive"} and mate.holdings._waiting[9] == 1
+        mate.holdings.close()
+        assert await asking[0] == [] and not mate.holdings._wishes
 
     simulate(test)
 

@@ -227,6 +227,22 @@ def test_a_leaving_peer_says_goodbye_and_is_not_banned():
     simulate(test)
 
 
+@pytest.mark.parametrize(("latency_s", "least"), [(0.03, 2), (0.3, 0)])  # slowly: all is in the step by then
+def test_mates_that_leave_at_once_lose_nothing_however_slowly_their_stage_averages(latency_s, least):
+    async def test(sim):
+        training = asyncio.ensure_future(train(sim, 120))
+        leavers = [p for p in sim.peers.values() if p.stage == 1][:2]
+        await sim.until(lambda: all(p.peer.stage.accumulator.tokens >= 4 for p in leavers))
+        await asyncio.gather(*(sim.terminate(p.id) for p in leavers))
+        await training
+        assert sum(p.peer.counters["handed_over"] for p in leavers) >= least
+        assert sim.pipeline.ledger.counters["lost"] == 0
+        applied = [microbatch for microbatch, _ in sim.lineage(1)]
+        assert len(applied) == len(set(applied))
+
+    simulate(test, "pipeline.retain_until=microbatch", peers=4, latency_s=latency_s)
+
+
 @pytest.mark.parametrize("codec", ["float32", "int8"])
 def test_a_leaving_peer_hands_its_gradients_over_and_nothing_is_lost_or_computed_twice(codec):
     async def test(sim):

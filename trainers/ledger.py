@@ -224,8 +224,7 @@ class Ledger:
         if event.kind == pb.DROPPED and hop.accumulated_by == event.peer:
             return self._given_up(flight, stage, now_s)
         if event.kind == pb.HANDED_OVER:
-            self._handed_over(flight, stage, event)
-            return []
+            return self._handed_over(flight, stage, event, now_s)
         if hop.peer != event.peer:
             return []  # late: this peer was replaced
         match event.kind:
@@ -317,16 +316,19 @@ class Ledger:
         hop.accumulated_by = None
         return self._lost(flight, stage, now_s)
 
-    def _handed_over(self, flight: Flight, stage: int, event: HopEvent) -> None:
+    def _handed_over(self, flight: Flight, stage: int, event: HopEvent, now_s: float) -> list[Command]:
         """The peer that had accumulated this hop leaves; a stage mate has the gradient in its sum now."""
         hop = flight.hops[stage]
         if hop.accumulated_by != event.peer or self._stage_of.get(event.target) != stage:
-            return  # whom nobody here knows has nothing: what the leaver had is computed again
+            return []  # whom nobody here knows has nothing: what the leaver had is computed again
         self.counters["handed_over"] += 1
         if hop.peer == event.peer:
             hop.peer = event.target
             flight.touched.add(event.target)
         hop.accumulated_by, hop.step = event.target, max(hop.step, event.step)
+        if stage > 0 and flight.hops[stage - 1].phase < Phase.ACCUMULATED:  # the leaver sends it no more
+            return self._router.place(flight, now_s, suppliers={stage})
+        return []
 
     def _lost(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
         """A gradient is in no sum and in no step: compute it again if that can be done, else count it."""

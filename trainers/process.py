@@ -4,7 +4,8 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from swarm.directory import all_rosters
+from averaging.errors import LinkError
+from swarm.directory import Directory, read_rosters
 from swarm.metrics import MetricsSender
 from swarm.process import joined, watch_daemon
 from trainers.data import Prefetch, evaluation_microbatches, make_tokenizer, training_microbatches
@@ -32,8 +33,7 @@ async def train(options: TrainerOptions) -> int:
         held_out = await loop.run_in_executor(
             None, evaluation_microbatches, config.data, config.training, tokenizer
         )
-        rosters = await all_rosters(here.directory, config.model.stages)
-        since = max((record.version for roster in rosters for record in roster), default=0)
+        since = await _steps_so_far(here.directory, config.model.stages)
         texts = training_microbatches(
             config.data, config.training, tokenizer, trainer=options.number, since=since
         )
@@ -61,3 +61,13 @@ async def train(options: TrainerOptions) -> int:
         finally:
             microbatches.close()
     return 0
+
+
+async def _steps_so_far(directory: Directory, stages: int) -> int:
+    """As announced; about, for the order of the data only."""
+    try:
+        rosters = await read_rosters(directory, stages)
+    except LinkError as error:
+        log.info("how far the run is could not be read: %s", error)
+        return 0
+    return max((record.version for roster in rosters for record in roster), default=0)

@@ -16,7 +16,7 @@ import functools
 import hashlib
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -58,10 +58,16 @@ def _multiply_adds(module: nn.Module) -> float:
     return float(max(1, sum(p.numel() for parameters in own for p in parameters if p.ndim > 1)))
 
 
-def stage_shapes(config: ModelConfig, stage: int) -> dict[str, torch.Size]:
+@functools.cache
+def stage_shapes(config: ModelConfig, stage: int) -> Mapping[str, torch.Size]:
     """Of the trainable parameters of a stage, by name. Raises ConfigError for a bad factory."""
-    with _Uninitialised(torch.device("meta")):
-        module = _factory(config.factory)(config, stage)
+    factory = _factory(config.factory)
+    try:
+        with _Uninitialised(torch.device("meta")):
+            module = factory(config, stage)
+    except (RuntimeError, NotImplementedError):  # a user's own, which calculates with its parameters
+        with _Uninitialised():
+            module = factory(config, stage)
     return {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
 
 
