@@ -88,6 +88,7 @@ class Coordinator:
         version: Callable[[], int],
         expected: Callable[[], Collection[PeerId]],
         voters: Callable[[], Collection[PeerId]],
+        electors: Callable[[Collection[PeerId]], Collection[PeerId]] = lambda peers: peers,
         reporting_to: Callable[[], PeerId],
         silent: Callable[[], Collection[PeerId]],
         pending: Callable[[bytes], bool],
@@ -96,11 +97,12 @@ class Coordinator:
         rng: random.Random,
     ) -> None:
         """`expected` are the live peers, this one included, as of the last `refresh`, `voters` those of them
-        that are no auxiliaries, and `silent` those that have not answered lately; `reporting_to` is this
-        peer's own coordinator, and `pending` whether it still hears that of a plan; `suspect` hears of every
-        dial that failed."""
+        that are no auxiliaries, `electors` those of some peers whose majority decides, and `silent` those
+        that have not answered lately; `reporting_to` is this peer's own coordinator, and `pending` whether it
+        still hears that of a plan; `suspect` hears of every dial that failed."""
         self._network, self._rules, self._rng = network, rules, rng
         self._version, self._expected, self._voters = version, expected, voters
+        self._electors = electors
         self._silent, self._reporting_to, self._pending = silent, reporting_to, pending
         self._suspect, self._refresh = suspect, refresh
         self._ballots: list[Ballot] = []
@@ -286,6 +288,7 @@ class Coordinator:
             ballot.reports,
             target=rules.target,
             expected=self._voters(),
+            electors=self._electors(self._voters()),
             silent=self._silent(),
             waited_s=0.0 if ballot.reached_s is None else loop.time() - ballot.reached_s,
             grace_s=rules.grace_s,
@@ -358,7 +361,7 @@ class Coordinator:
         assert ballot.plan is not None
         inside = [peer for peer in ballot.plan.bringers if peer not in left_out]
         # Of all live peers, as for closing: who left this plan may be in one with those who never were in it.
-        if not has_quorum(holdings.alive, {*self._voters(), *ballot.plan.bringers}):
+        if not has_quorum(holdings.alive, self._electors({*self._voters(), *ballot.plan.bringers})):
             return "too few members are left"
         if sum(ballot.plan.by_peer[peer].weight for peer in inside) < self._rules.target:
             return "what is left weighs too little"

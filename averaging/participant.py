@@ -115,13 +115,15 @@ class Participant:
         rng: random.Random,
         mode: Mode = Mode.MEMBER,
         auxiliaries: Callable[[], Collection[PeerId]] = tuple,
+        newcomers: Callable[[], Collection[PeerId]] = tuple,
     ) -> None:
         """`name` is shared by all who average together; `roster` are the others that live, as of the last
         `refresh_roster`; `version` counts the steps that this peer has applied; `rng` names plans;
-        `auxiliaries` are those on the roster that only reduce: they close no steps, and have no say."""
+        `auxiliaries` are those on the roster that only reduce: they close no steps, and have no say;
+        `newcomers` those, perhaps this peer, that not all others may know yet."""
         self._network, self._all_reduce, self._rules, self._name = network, all_reduce, rules, name
         self._roster, self._refresh_roster, self._version = roster, refresh_roster, version
-        self._mode, self._auxiliaries = mode, auxiliaries
+        self._mode, self._auxiliaries, self._newcomers = mode, auxiliaries, newcomers
         self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
         self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
         self._seen_plans: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
@@ -134,6 +136,7 @@ class Participant:
             version=version,
             expected=self.live,
             voters=self.voters,
+            electors=self.electors,
             reporting_to=lambda: self.reporting_to,
             silent=self._silent,
             pending=lambda plan: plan == self._pending,
@@ -195,6 +198,11 @@ class Participant:
         """Those of them that have a vector of their own."""
         helping = {*self._auxiliaries(), *([self._network.peer_id] if self._mode is Mode.AUXILIARY else [])}
         return [peer for peer in self.live() if peer not in helping]
+
+    def electors(self, peers: Collection[PeerId]) -> Collection[PeerId]:
+        """Those whose majority decides. Not newcomers: with one that only they know, some would be a majority
+        beside that of the others, and the stage would split in two."""
+        return set(peers).difference(self._newcomers()) or peers
 
     def _suspect(self, error: LinkError) -> None:
         """A dial failed: its peer is dead, or cannot be reached from here for now."""

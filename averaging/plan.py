@@ -145,6 +145,7 @@ def decide(
     *,
     target: float,
     expected: Collection[PeerId],
+    electors: Collection[PeerId] | None = None,
     silent: Collection[PeerId] = (),
     waited_s: float,
     grace_s: float,
@@ -155,6 +156,7 @@ def decide(
         target: weight at which a step closes.
         expected: live peers that should be in the plan; they are waited for `grace_s`, and longer if they
             might be a majority that cannot be reached from here.
+        electors: those of whom a majority may close it; all that are expected if None.
         silent: those of them that have just been found not to answer; there is no grace for them.
         waited_s: seconds since the target was reached (0 if it was not).
     """
@@ -162,7 +164,7 @@ def decide(
     if total < target:
         return Decision(False, f"{total:g} of {target:g}")
     missing = [peer for peer in expected if peer not in reports]
-    if missing and not has_quorum(reports, expected):
+    if missing and not has_quorum(reports, expected if electors is None else electors):
         return Decision(False, f"{len(missing)} live peers cannot be reached and might close it, too")
     awaited = [peer for peer in missing if peer not in silent]
     if awaited and waited_s < grace_s:

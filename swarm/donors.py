@@ -161,14 +161,13 @@ class Donors:
         self._sources.append(source)
         try:
             return await source.ask(begun=self._begun[0].name[1] if self._begun else None, at=self._at)
-        except AveragingError as error:
-            self._sources.remove(source)
+        except (AveragingError, asyncio.CancelledError) as error:
             source.close()
+            if source in self._sources:  # else it was released meanwhile
+                self._sources.remove(source)
+            if isinstance(error, asyncio.CancelledError):
+                raise
             return error
-        except asyncio.CancelledError:
-            self._sources.remove(source)
-            source.close()
-            raise
 
     async def _reopen(self, source: Source, version: int) -> None:
         """Past the daemons, if that has become possible: the first stream to a peer goes through them."""

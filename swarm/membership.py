@@ -5,6 +5,7 @@ I/O: the directory.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from swarm.directory import Directory, read_rosters
 from swarm.records import PeerRecord
 
 WITHDRAW_S, RETRY_S = 2.0, 1.0
+KNOWN_PERIODS = 2  # after which everybody has read a record
 log = logging.getLogger(__name__)
 
 
@@ -35,6 +37,8 @@ class Membership:
         self._directory, self._own = directory, own
         self._progress, self._period_s = progress, period_s
         self._begun_s = float("-inf")  # the last renewal
+        self._first_s: dict[PeerId, float] = {}  # since when the others are on the roster
+        self._entered_s, self._came_to_others = float("inf"), False
         self.loading = False  # announced only for others who look for a stage
         self.heading: int | None = None  # the stage that this peer is about to move to
         self.fixed = own.fixed
@@ -45,10 +49,19 @@ class Membership:
         """Those of the others that only reduce."""
         return [peer for peer, record in self.others.items() if record.aggregates_only]
 
+    def newcomers(self) -> list[PeerId]:
+        """Those, perhaps this peer, that some of the others may not have on their rosters yet."""
+        recent_s = asyncio.get_running_loop().time() - KNOWN_PERIODS * self._period_s
+        found = [peer for peer, at_s in self._first_s.items() if at_s > max(recent_s, self._entered_s)]
+        return [self._own.peer, *found] if self._came_to_others and self._entered_s > recent_s else found
+
     async def enter(self) -> None:
         """Be found from now on; tried until it succeeds."""
         while not await self._renewed():
             pass
+        if not self.loading and math.isinf(self._entered_s):
+            self._entered_s = asyncio.get_running_loop().time()
+            self._came_to_others = any(not record.aggregates_only for record in self.others.values())
 
     async def _renewed(self) -> bool:
         self._begun_s = asyncio.get_running_loop().time()
@@ -67,6 +80,8 @@ class Membership:
         self.others.clear()
         others = (record for record in records if record.peer != self._own.peer and not record.loading)
         self.others.update({record.peer: record for record in others if not record.archives})
+        now_s = asyncio.get_running_loop().time()
+        self._first_s = {peer: self._first_s.get(peer, now_s) for peer in self.others}
         archives = [record.peer for record in records if record.archives]
         self.archives = [peer for peer in archives if self._archivist in (None, peer)]
 

@@ -147,6 +147,7 @@ class Peer:
             refresh_roster=self.membership.read,
             refetch=self._refetch,
             auxiliaries=self.membership.auxiliaries,
+            newcomers=self.membership.newcomers,
             rng=self._rng,
             uplink=self._uplink,
             keep=self._keep,

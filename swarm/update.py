@@ -87,14 +87,16 @@ class Updater:
         refresh_roster: Callable[[], Awaitable[None]],
         refetch: Callable[[BehindError | None], Awaitable[bool]],
         auxiliaries: Callable[[], Collection[PeerId]] = tuple,
+        newcomers: Callable[[], Collection[PeerId]] = tuple,
         rng: random.Random,
         uplink: UplinkMeter | None = None,
         keep: Callable[[int, torch.Tensor, Collection[bytes]], None] = lambda step, mean, ids: None,
         on_step: Callable[[AppliedStep], None] = lambda done: None,
     ) -> None:
         """`roster` are the live peers of the stage without this one, as of the last `refresh_roster`;
-        `auxiliaries` those of them that only reduce; `refetch` brings the stage to where the others are, if
-        somebody can help; `keep` is shown the mean gradient [values] of every step, for newcomers."""
+        `auxiliaries` those of them that only reduce, `newcomers` those not all may know; `refetch` brings the
+        stage to where the others are, if somebody can help; `keep` is shown the mean gradient [values] of
+        every step, for newcomers."""
         self._stage, self._compute, self._server = stage, compute, server
         self._config, self._refetch, self._keep, self._on_step = config, refetch, keep, on_step
         self._frozen_ids: tuple[bytes, ...] = ()  # microbatches in what was frozen last
@@ -119,6 +121,7 @@ class Updater:
             version=lambda: stage.version,
             rng=rng,
             auxiliaries=auxiliaries,
+            newcomers=newcomers,
         )
         server.on_progress = self.changed.set
 

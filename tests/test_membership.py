@@ -4,7 +4,7 @@ import asyncio
 
 from averaging import virtual_time
 from swarm.directory import MemoryDirectory
-from swarm.membership import Membership
+from swarm.membership import KNOWN_PERIODS, Membership
 from swarm.records import PeerRecord
 
 
@@ -32,5 +32,28 @@ def test_a_record_is_renewed_as_often_although_calls_are_slow():
             await asyncio.sleep(1.0)
             assert await MemoryDirectory.roster(directory, 0), f"gone at {time_s()} s"
         keeping.cancel()
+
+    virtual_time.run(main())
+
+
+def test_who_came_a_moment_ago_is_a_newcomer_to_who_was_there_and_to_itself():
+    async def main() -> None:
+        time_s = asyncio.get_running_loop().time
+        directory = MemoryDirectory(time_s, expire_s=8.0)
+
+        async def enter(name: str) -> Membership:
+            own = PeerRecord(peer=name, stage=0)
+            member = Membership(directory, own, progress=lambda: (0, 0.0, 0), period_s=1.0)
+            await member.enter()
+            return member
+
+        first = await enter("first")
+        assert first.newcomers() == []
+        await asyncio.sleep(5.0)
+        late = await enter("late")
+        await first.read()
+        assert (first.newcomers(), late.newcomers()) == (["late"], ["late"])
+        await asyncio.sleep(KNOWN_PERIODS + 0.1)
+        assert (first.newcomers(), late.newcomers()) == ([], [])
 
     virtual_time.run(main())

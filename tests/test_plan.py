@@ -63,6 +63,15 @@ def test_a_minority_does_not_close_a_step_however_long_it_waits():
     assert not decision.close and "cannot be reached" in decision.reason
 
 
+def test_a_newcomer_makes_no_second_majority_beside_those_who_do_not_know_it():
+    known, all_three = ["a", "b"], ["a", "b", "new"]
+    alone = close(reports(a=200), expected=known, electors=known, waited_s=1.0)
+    with_newcomer = reports(b=60, new=60)
+    assert alone.close
+    assert not close(with_newcomer, expected=all_three, electors=known, waited_s=1e6).close
+    assert close(with_newcomer, expected=all_three, waited_s=1.0).close, "it would, if all three decided"
+
+
 @pytest.mark.parametrize("live", [1, 2, 3, 4, 5])
 def test_of_two_sides_of_a_broken_link_exactly_one_has_the_quorum(live):
     peers = [f"p{i}" for i in range(live)]
