@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import gc
 import logging
 import random
 import re
@@ -251,6 +252,7 @@ def main(kind: type[Schedule] = Schedule) -> None:
         for package in PACKAGES:
             logging.getLogger(package).setLevel(logging.DEBUG if "-v" in sys.argv else logging.INFO)
     failed, began_s, faults = [], time.time(), Counter[str]()
+    gc.freeze()  # what is imported stays: every run ends with a collection
     for seed in range(first, first + count):
         try:
             schedule = run(seed, kind)
