@@ -13,7 +13,7 @@ No stage loses the last peer that serves it. `papers_moves` is SWARM's own rule,
 Pure. Source of that: SWARM, arXiv:2301.11913, algorithm 2; the default is ours.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -72,6 +72,10 @@ def weakest_stage(seats: Iterable[Seat], costs: Sequence[float]) -> int:
     return min(range(len(costs)), key=lambda stage: (total[stage], stage))
 
 
+def _by_speed(seat: Seat) -> tuple[float, PeerId]:
+    return seat.speed, seat.peer
+
+
 @dataclass(slots=True)
 class _Pool:
     """The peers of a stage that may be moved, by speed."""
@@ -84,7 +88,7 @@ class _Pool:
 
     def sort(self) -> None:
         for seats in (self.loading, self.serving):
-            seats.sort(key=lambda seat: (seat.speed, seat.peer))
+            seats.sort(key=_by_speed)
 
     def offers(self, weakest: "_Pool") -> Iterable[tuple[float, bool, Seat]]:
         """Who might go: (the weaker of both stages then, is it still loading, who)."""
@@ -97,7 +101,8 @@ class _Pool:
                 yield min(left, weakest.capacity + seat.speed / weakest.cost), loading, seat
 
     def give(self, seat: Seat) -> None:
-        (self.loading if seat.doing is Doing.LOADS else self.serving).remove(seat)
+        seats = self.loading if seat.doing is Doing.LOADS else self.serving
+        del seats[bisect_left(seats, _by_speed(seat), key=_by_speed)]
         self.capacity -= seat.speed / self.cost
 
 
@@ -146,7 +151,7 @@ def _next_move(pools: Sequence[_Pool]) -> tuple[Seat, Move] | None:
     weakest = pools[target]
     found: tuple[float, bool, int, Seat] | None = None
     for stage, pool in enumerate(pools):
-        if stage == target:
+        if stage == target or pool.capacity <= weakest.capacity:
             continue
         for value, loading, seat in pool.offers(weakest):
             if found is None or _is_better((value, loading), found):

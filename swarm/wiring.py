@@ -15,6 +15,7 @@ Source: "stochastic wiring", SWARM parallelism, arXiv:2301.11913, algorithm 1; I
 import random
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from statistics import median
 
 from averaging.network import PeerId
 from swarm.errors import NoPeersError
@@ -46,7 +47,7 @@ class StageWiring:
         # Not zero: a newcomer would then get every microbatch until it caught up with the pool.
         self._clock_s.setdefault(peer, min(self._clock_s.values(), default=0.0))
         # Not the announced speed: peers are strangers, and a boast would attract the whole load.
-        self._cost_s.setdefault(peer, self.prior_cost_s)
+        self._cost_s.setdefault(peer, median(self._cost_s.values()) if self._cost_s else self.prior_cost_s)
 
     def remove(self, peer: PeerId) -> None:
         """Forget `peer`, which left; no-op if unknown."""
@@ -66,6 +67,7 @@ class StageWiring:
 
     def ban_link(self, source: PeerId, target: PeerId, now_s: float) -> None:
         """Do not send from `source` to `target` for a while."""
+        self._bad_links = {link: until_s for link, until_s in self._bad_links.items() if until_s > now_s}
         self._bad_links[source, target] = now_s + 10 * BACKOFF_S
 
     def suspend(self, peer: PeerId, suspended: bool) -> None:
@@ -86,13 +88,19 @@ class StageWiring:
         if not self._clock_s:
             raise NoPeersError(f"stage {self.stage} has no live peer")
 
-        def order(peer: PeerId) -> tuple[int, float, float]:
-            bad_link = self._bad_links.get((source, peer), now_s) > now_s
-            trouble = 4 * (peer in self._suspended) + 2 * bad_link + (peer in avoid)
-            # Random ties: trainers that start together must not all open with the same peer.
-            return trouble, self._clock_s[peer], self.rng.random()
-
-        peer = min(self._clock_s, key=order)
+        clock_s = self._clock_s
+        if self._suspended or self._bad_links or avoid:
+            trouble = {
+                peer: 4 * (peer in self._suspended)
+                + 2 * (self._bad_links.get((source, peer), now_s) > now_s)
+                + (peer in avoid)
+                for peer in clock_s
+            }
+            least_trouble = min(trouble.values())
+            clock_s = {peer: clock_s[peer] for peer, value in trouble.items() if value == least_trouble}
+        least_s = min(clock_s.values())
+        # Random ties: trainers that start together must not all open with the same peer.
+        peer = self.rng.choice([peer for peer, at_s in clock_s.items() if at_s == least_s])
         self._clock_s[peer] += tokens * self._cost_s[peer]
         return peer
 

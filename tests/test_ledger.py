@@ -212,7 +212,7 @@ def test_a_supplier_that_supplies_nothing_is_replaced_however_often_its_neighbou
     ledger.handle(PeerReady(1, "1c", 0), 3.0)
     say(ledger, route.peers[0], pb.DROPPED, now_s=8.0, reason="not finite")  # stage 0 begins anew
     assert ledger.handle(Tick(), 11.9) == []
-    commands = ledger.handle(Tick(), 12.1)
+    commands = ledger.handle(Tick(), 12.6)
     assert ledger._flights[M].hops[1].peer == "1c" != supplier
     assert [type(c) for c in commands] == [Resend, Resend]  # from stages 0 and 2, what it computes from
 
@@ -272,3 +272,37 @@ def test_a_handover_to_whom_this_trainer_does_not_know_counts_for_nothing():
         say(ledger, route.peers[1], pb.HANDED_OVER, target=target, step=0)
         ledger.handle(PeerGone(route.peers[1], left=True), 2.0)
         assert ledger.in_flight == 1 and ledger.counters["handed_over"] == 0
+
+
+def test_waiting_behind_our_own_hops_does_not_make_a_peer_look_slow():
+    """Two microbatches reach a peer at once; each of its four jobs takes a second, backwards first."""
+    ledger = make_ledger(stages=2, pool=1)
+    ids = [b"1" * 16, b"2" * 16]
+    tokens = b"\0" * 4 * 5
+    for microbatch in ids:
+        (push,) = ledger.issue(microbatch, tokens, sequences=1, evaluate=False, step=0, now_s=0.0)
+        ledger.handle(Answered("0a", microbatch, push.route.attempt, pb.ACCEPTED, push=True), 0.0)
+
+    def tell(peer, kind, microbatch, now_s):
+        ledger.handle(HopEvent(peer=peer, kind=kind, microbatch=microbatch), now_s)
+
+    tell("0a", pb.FORWARDED, ids[0], 1.0)
+    tell("1a", pb.BACKWARDED, ids[0], 1.5)  # the last stage takes half a second
+    tell("0a", pb.FORWARDED, ids[1], 2.0)
+    tell("1a", pb.BACKWARDED, ids[1], 2.5)
+    tell("0a", pb.BACKWARDED, ids[0], 3.0)
+    tell("0a", pb.BACKWARDED, ids[1], 4.0)
+    first, last = (wiring._cost_s[peer] for wiring, peer in zip(ledger._wirings, ("0a", "1a"), strict=True))
+    smoothing = 1 - (1 - ledger._wirings[0].smoothing) ** 2
+    assert first == 1.0 + smoothing * (2.0 / 4 - 1.0)  # two seconds for four tokens
+    assert abs(last - (1.0 + smoothing * (0.5 / 4 - 1.0))) < 1e-12
+
+
+def test_what_is_in_flight_is_counted_however_microbatches_end():
+    ledger = make_ledger(retain_until_step=True)
+    route = issue(ledger)
+    assert ledger.in_flight == ledger.unsettled == 1
+    carry(ledger, route)
+    assert (ledger.in_flight, ledger.unsettled) == (0, 1)
+    say(ledger, route.peers[1], pb.DROPPED, 2.0)  # it gives up what it had accumulated
+    assert (ledger.in_flight, ledger.unsettled) == (1, 1)

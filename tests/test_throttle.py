@@ -45,3 +45,20 @@ def test_without_heartbeats_nothing_is_concluded():
     for _ in range(100):
         throttle.completed()
     assert throttle.limit > 6
+
+
+def test_a_large_swarm_is_filled_in_a_few_rounds():
+    throttle = Throttle(most=1000, stages=4)
+    rounds(throttle, {"a": [0], "b": [1]}, count=16)
+    assert throttle.limit == 1000
+
+
+def test_after_a_standing_queue_it_grows_slowly_again():
+    throttle = Throttle(most=1000, stages=4)
+    rounds(throttle, {"a": [0]}, count=8)
+    rounds(throttle, {"a": [4]}, count=6)
+    cut = throttle.limit
+    rounds(throttle, {"a": [0]}, count=2)
+    assert cut <= throttle.limit <= cut + 7
+    rounds(throttle, {"a": [0]}, count=16)
+    assert throttle.limit == 1000

@@ -119,3 +119,17 @@ def test_avoided_and_suspended_peers_are_taken_only_when_nobody_else_is_left():
     assert {wiring.choose(1, avoid={"b"}) for _ in range(20)} == {"b"}  # silent is worse than avoided
     wiring.remove("b")
     assert wiring.choose(1, avoid={"a"}) == "a"
+
+
+def test_a_newcomer_is_taken_for_as_fast_as_the_others():
+    wiring = make_wiring(a=4.0, b=4.0, c=4.0)
+    wiring.add("new")
+    served = Counter(wiring.choose(1) for _ in range(400))
+    assert served["new"] == pytest.approx(100, abs=1)
+
+
+def test_bad_links_are_forgotten_when_their_ban_ends():
+    wiring = make_wiring(a=1.0, b=1.0)
+    for at_s in range(1000):
+        wiring.ban_link(f"source{at_s}", "a", float(at_s))
+    assert len(wiring._bad_links) < 20

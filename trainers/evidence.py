@@ -31,13 +31,10 @@ class Evidence:
         self._forgotten.pop(peer, None)
         self._forget_claims(peer)
 
-    def reached(self, peer: PeerId, version: int) -> bool:
-        """A peer is at `version`. Returns whether that is news."""
-        known = self._versions.get(peer)
-        if known is None or version <= known:
-            return False
-        self._versions[peer] = version
-        return True
+    def reached(self, peer: PeerId, version: int) -> None:
+        """A peer is at `version`, at least."""
+        if peer in self._versions:
+            self._versions[peer] = max(version, self._versions[peer])
 
     def replaced(self, peer: PeerId, version: int) -> None:
         """A peer has loaded another state; what that holds is said next, from its oldest step on."""
@@ -76,10 +73,19 @@ class Evidence:
 
     def is_safe(self, microbatch: bytes) -> bool:
         """Is it in the state of every live peer?"""
-        if not self.is_held(microbatch):
-            return False
-        holders, step = self._holders[microbatch], self._step[microbatch]
-        return all(peer in holders or step < self._forgotten.get(peer, 0) for peer in self._versions)
+        holders = self._holders.get(microbatch)
+        if not holders or not self._forgotten:
+            return holders is not None and bool(self._versions) and self._versions.keys() <= holders
+        step = self._step[microbatch]
+        known = all(peer in holders or step < self._forgotten.get(peer, 0) for peer in self._versions)
+        return known and self.is_held(microbatch)
+
+    def safe_ones(self, microbatches: Collection[bytes]) -> list[bytes]:
+        """Those of some held microbatches that are in the state of every live peer."""
+        if self._forgotten:
+            return [microbatch for microbatch in microbatches if self.is_safe(microbatch)]
+        live, holders = self._versions.keys(), self._holders
+        return [m for m in microbatches if len(holders[m]) >= len(live) and live <= holders[m]]
 
     def __bool__(self) -> bool:
         return bool(self._versions)

@@ -26,6 +26,7 @@ class Hop:
     supplies: bool = False  # `peer` was chosen after the hop was done
     has_input: bool = False
     due_s: float | None = None  # since when it is this hop's turn
+    took_s: float = 0.0  # the jobs of it that are done
     cancelling: bool = False
     step: int = 0
     accumulated_by: PeerId | None = None  # `peer` may later be another one that only supplies neighbours

@@ -49,6 +49,7 @@ from trainers.flight import Flight, Hop, Phase
 from trainers.routes import Router
 
 MAX_REJECTIONS = 6  # of one microbatch: then its data is at fault, not a peer
+LOOKS_PER_DEADLINE = 16  # for hops that are late
 MOST_ASKED = 128  # microbatches in one cancel
 
 
@@ -71,7 +72,11 @@ class Ledger:
         self._wirings = wirings
         self._hop_deadline_s, self._retain, self._strict = hop_deadline_s, retain_until_step, strict
         self._flights: dict[bytes, Flight] = {}
+        self._incomplete = 0  # of them
+        self._looked_s = float("-inf")  # for hops that are late
+        self._awaiting: dict[bytes, None] = {}  # in order: those that may have a hop that awaits a verdict
         self._stage_of: dict[PeerId, int] = {}
+        self._freed_s: dict[PeerId, float] = {}  # when each was last done with a hop of ours
         self._evidence = [Evidence() for _ in wirings]
         self._recovering: dict[PeerId, tuple[float, set[tuple[bytes, int]], int]] = {}
         self.counters: Counter[str] = Counter()
@@ -90,7 +95,7 @@ class Ledger:
     @property
     def in_flight(self) -> int:
         """Microbatches that are not completed."""
-        return sum(not flight.completed for flight in self._flights.values())
+        return self._incomplete
 
     @property
     def unsettled(self) -> int:
@@ -130,6 +135,7 @@ class Ledger:
             unplaced=set(range(len(self._wirings))),
         )
         self._flights[microbatch] = flight
+        self._incomplete += 1
         if not evaluate:
             self.counters["issued"] += 1
         return self._router.place(flight, now_s)
@@ -171,6 +177,7 @@ class Ledger:
         stage = self._stage_of.pop(event.peer, None)
         if stage is None:
             return []
+        self._freed_s.pop(event.peer, None)
         self._evidence[stage].gone(event.peer)
         for flight in self._flights.values():
             if flight.hops[stage].accumulated_by == event.peer:
@@ -189,10 +196,10 @@ class Ledger:
                 continue
             if event.silent and not self._strict and not flight.evaluate:
                 # It may have accumulated this just before its lease ended, and be in a step that closes now.
-                hop.awaits_verdict, hop.verdict_s = True, now_s + self._verdict_s
+                self._await_verdict(flight, hop, now_s + self._verdict_s)
                 hop.step, hop.cancelling, hop.due_s = self._evidence[stage].newest, False, None
                 continue
-            flight.completed = False  # strict: what was accumulated there is computed again, too
+            self._reopen(flight)  # strict: what was accumulated there is computed again, too
             moved.add((flight.id, s))
             commands += self._router.reroute(flight, s, now_s)
         if moved and not event.left:
@@ -234,7 +241,7 @@ class Ledger:
                 commands = self._has_input(flight, stage, now_s)
                 if hop.phase is Phase.ASSIGNED:
                     hop.phase = Phase.FORWARDED
-                    self._observe(flight, stage, now_s)
+                    self._done(flight, stage, now_s)
                 if stage + 1 == len(flight.hops):
                     return commands
                 if event.attempt < flight.hops[stage + 1].placed and not flight.unplaced:
@@ -242,8 +249,9 @@ class Ledger:
                     return [*commands, self._router.deliver(flight, stage + 1, backward=False)]
                 return commands + self._has_input(flight, stage + 1, now_s)
             case pb.BACKWARDED:
-                if stage == len(flight.hops) - 1:
-                    self._observe(flight, stage, now_s)
+                if hop.phase < Phase.ACCUMULATED:
+                    self._done(flight, stage, now_s)
+                    self._wirings[stage].observe(event.peer, flight.token_count, hop.took_s)
                 return self._accumulated(flight, stage, event.step, event.loss, now_s)
             case pb.EVALUATED:
                 flight.loss = event.loss
@@ -254,11 +262,17 @@ class Ledger:
                 return self._push_failed(flight, stage, event, now_s)
         return []
 
-    def _observe(self, flight: Flight, stage: int, now_s: float) -> None:
-        """Teach the wiring how long a hop took, by this trainer's own clock: peers' claims may be boasts."""
+    def _done(self, flight: Flight, stage: int, now_s: float) -> None:
+        """The peer of a hop has done a job of it: how long did that take?
+
+        From when the hop was due, or the peer was done with the job before, as one waits for the other: how
+        many of our own hops wait there says nothing of the peer, and varies so much that its share of the
+        work would vary with it. By this trainer's own clock: peers' claims may be boasts.
+        """
         hop = flight.hops[stage]
         if hop.due_s is not None and hop.peer is not None:
-            self._wirings[stage].observe(hop.peer, flight.token_count, now_s - hop.due_s)
+            hop.took_s += now_s - max(hop.due_s, self._freed_s.get(hop.peer, 0.0))
+            self._freed_s[hop.peer] = now_s
 
     def _has_input(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
         hop = flight.hops[stage]
@@ -285,6 +299,7 @@ class Ledger:
         return commands + self._settle_hop(flight, stage, now_s)
 
     def _complete(self, flight: Flight) -> list[Command]:
+        self._incomplete -= not flight.completed
         flight.completed = True
         commands: list[Command] = []
         if flight.evaluate or not self._retain:
@@ -296,6 +311,11 @@ class Ledger:
             self.counters["completed"] += not flight.evaluate
             commands.append(Completed(flight.id, flight.token_count, flight.loss, flight.evaluate))
         return commands
+
+    def _reopen(self, flight: Flight) -> None:
+        """Something of it is to be computed again."""
+        self._incomplete += flight.completed
+        flight.completed = False
 
     def _release(self, flight: Flight) -> list[Command]:
         peers = [p for p in flight.touched if p in self._stage_of]
@@ -334,7 +354,7 @@ class Ledger:
         """A gradient is in no sum and in no step: compute it again if that can be done, else count it."""
         hop = flight.hops[stage]
         if hop.phase < Phase.ACCUMULATED or self._retain or not flight.completed:
-            flight.completed = False
+            self._reopen(flight)
             return self._router.reroute(flight, stage, now_s)
         self.counters["lost"] += 1
         hop.phase = Phase.SETTLED
@@ -449,16 +469,21 @@ class Ledger:
         stage, evidence = event.stage, self._evidence[event.stage]
         if event.whole:
             evidence.replaced(event.peer, event.version)
-        news = evidence.reached(event.peer, event.version)
+        newest = evidence.newest
+        evidence.reached(event.peer, event.version)
         commands: list[Command] = []
-        if event.microbatches:
-            ours = sorted(m for m in event.microbatches if m in self._flights)
-            evidence.holds(event.peer, event.version - 1, ours)
-            for microbatch in ours:
+        ours = sorted(event.microbatches & self._flights.keys())
+        evidence.holds(event.peer, event.version - 1, ours)
+        for microbatch in ours:
+            hop = self._flights[microbatch].hops[stage]
+            if hop.phase < Phase.ACCUMULATED or hop.awaits_verdict:
                 commands += self._inside(self._flights[microbatch], stage, event.version - 1, now_s)
-        elif not (news or event.whole):
-            return []  # a heartbeat without news
-        return commands + self._settle(stage, now_s)
+        if event.whole:
+            return commands + self._settle(stage, now_s)
+        for microbatch in evidence.safe_ones(ours):  # of others it says nothing
+            if (flight := self._flights.get(microbatch)) is not None:
+                commands += self._settle_hop(flight, stage, now_s)
+        return commands + (self._judge_all(now_s, stage) if evidence.newest > newest else [])
 
     def _inside(self, flight: Flight, stage: int, step: int, now_s: float) -> list[Command]:
         """A step was applied with this microbatch in it, whoever was thought to work on it."""
@@ -480,9 +505,7 @@ class Ledger:
         commands: list[Command] = []
         for flight in list(self._flights.values()):
             commands += self._settle_hop(flight, stage, now_s)
-            if flight.hops[stage].awaits_verdict:
-                commands += self._judge(flight, stage, now_s)
-        return commands
+        return commands + self._judge_all(now_s, stage)
 
     def _settle_hop(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
         """Settle an accumulated hop once the state of every live peer of its stage holds it."""
@@ -495,8 +518,24 @@ class Ledger:
         doubtful = hop.accumulated_by not in self._stage_of and not evidence.is_held(flight.id)
         if doubtful and not hop.awaits_verdict:
             # Strict: a step cannot close without it, so there is nothing to wait for.
-            hop.awaits_verdict, hop.verdict_s = True, now_s if self._strict else float("inf")
+            self._await_verdict(flight, hop, now_s if self._strict else float("inf"))
         return []
+
+    def _await_verdict(self, flight: Flight, hop: Hop, until_s: float) -> None:
+        hop.awaits_verdict, hop.verdict_s = True, until_s
+        self._awaiting[flight.id] = None
+
+    def _judge_all(self, now_s: float, only: int | None = None) -> list[Command]:
+        """Judge what awaits a verdict, at one stage or at all of them."""
+        commands: list[Command] = []
+        for microbatch in list(self._awaiting):
+            flight = self._flights.get(microbatch)
+            for stage, hop in enumerate(flight.hops if flight is not None else ()):
+                if flight is not None and hop.awaits_verdict and only in (None, stage):
+                    commands += self._judge(flight, stage, now_s)
+            if flight is None or not any(hop.awaits_verdict for hop in flight.hops):
+                self._awaiting.pop(microbatch, None)
+        return commands
 
     def _judge(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
         """Whoever may have accumulated this hop is gone: is its gradient in a step?
@@ -520,23 +559,31 @@ class Ledger:
 
     def _forget(self, flight: Flight) -> None:
         del self._flights[flight.id]
+        self._incomplete -= not flight.completed
         for evidence in self._evidence:
             evidence.forget(flight.id)
 
     # time
 
     def _tick(self, now_s: float) -> list[Command]:
-        commands: list[Command] = []
-        slow: defaultdict[PeerId, list[Flight]] = defaultdict(list)
-        for flight in list(self._flights.values()):
+        commands = self._judge_all(now_s)
+        for flight in [flight for flight in self._flights.values() if not flight.completed]:
             if flight.unplaced:
                 commands += self._router.place(flight, now_s)
             commands += self._router.deliver_again(flight, now_s)
+        if now_s >= self._looked_s + self._hop_deadline_s / LOOKS_PER_DEADLINE:
+            self._looked_s = now_s
+            commands += self._look_for_late(now_s)
+        return commands
+
+    def _look_for_late(self, now_s: float) -> list[Command]:
+        """Withdraw what takes longer than the deadline."""
+        commands: list[Command] = []
+        slow: defaultdict[PeerId, list[Flight]] = defaultdict(list)
+        for flight in [flight for flight in self._flights.values() if not flight.completed]:
             commands += self._router.replace_suppliers(flight, now_s)
             for stage, hop in enumerate(flight.hops):
-                if hop.awaits_verdict:
-                    commands += self._judge(flight, stage, now_s)
-                elif self._is_late(flight, stage, now_s) and hop.peer is not None:
+                if self._is_late(flight, stage, now_s) and hop.peer is not None:
                     hop.cancelling = True
                     slow[hop.peer].append(flight)
         for peer, flights in sorted(slow.items()):
@@ -552,10 +599,10 @@ class Ledger:
     def _is_late(self, flight: Flight, stage: int, now_s: float) -> bool:
         """Has its peer had all that this hop needs, or should have, for longer than the deadline?"""
         hop = flight.hops[stage]
-        if hop.phase >= Phase.ACCUMULATED or hop.cancelling or hop.due_s is None:
+        if hop.due_s is None or now_s - hop.due_s <= self._hop_deadline_s or hop.cancelling:
             return False
         waits = hop.phase is Phase.FORWARDED and not self._has_gradient(flight, stage)
-        return not waits and now_s - hop.due_s > self._hop_deadline_s
+        return hop.phase < Phase.ACCUMULATED and not hop.awaits_verdict and not waits
 
     @staticmethod
     def _has_gradient(flight: Flight, stage: int) -> bool:

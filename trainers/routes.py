@@ -101,8 +101,10 @@ class Router:
 
     def deliver_again(self, flight: Flight, now_s: float) -> list[Command]:
         """Deliver again, along the present route, what found no room."""
+        if not flight.retries or flight.unplaced:
+            return []
         due = [(stage, backward) for at, stage, backward in flight.retries if at <= now_s]
-        if not due or flight.unplaced:
+        if not due:
             return []
         flight.retries = [retry for retry in flight.retries if retry[0] > now_s]
         return [self.deliver(flight, stage, backward) for stage, backward in due]

@@ -1,8 +1,9 @@
 """How many microbatches a trainer keeps under way: enough for the slowest stage to be busy, no more.
 
-Additive increase, multiplicative decrease: one more for every round of completions, a quarter less after a
-round in which some peer's queue never became short. Only such a standing queue is work in excess: one that
-is long for a moment is the pipeline's own jitter, and cutting for it leaves the other peers idle.
+Twice as many in every round of completions, a quarter less after a round in which some peer's queue never
+became short; then one more in a round, two more in the next, four: so it soon follows a swarm that grows.
+Only such a standing queue is work in excess: one that is long for a moment is the pipeline's own jitter, and
+cutting for it leaves the other peers idle.
 Source: standing queues, "Controlling queue delay" (CoDel), Nichols and Jacobson, 2012.
 
 Pure.
@@ -30,13 +31,16 @@ class Throttle:
     _queues: dict[PeerId, _Queue] = field(default_factory=dict, init=False)  # in this round
     _completed: int = field(default=0, init=False)  # in this round
     _in_excess: bool = field(default=False, init=False)  # in the round before
+    _growth: float = field(init=False)  # in this round
 
     def __post_init__(self) -> None:
-        self.limit = float(min(self.most, 2 * self.stages))
+        self._growth = self.limit = float(min(self.most, 2 * self.stages))
 
     def heard(self, peer: PeerId, queue: int) -> None:
         """Note the queue depth in a heartbeat."""
-        known = self._queues.setdefault(peer, _Queue(queue))
+        known = self._queues.get(peer)
+        if known is None:
+            known = self._queues[peer] = _Queue(queue)
         known.shortest, known.heartbeats = min(known.shortest, queue), known.heartbeats + 1
 
     def gone(self, peer: PeerId) -> None:
@@ -46,13 +50,14 @@ class Throttle:
         """One microbatch is done: grow a little; at the end of a round cut if a queue stood all the while."""
         self._completed += 1
         if not self._in_excess:
-            self.limit = min(float(self.most), self.limit + 1 / self.limit)
+            self.limit = min(float(self.most), self.limit + self._growth / self.limit)
         heard = [queue for queue in self._queues.values() if queue.heartbeats >= HEARTBEATS]
         if self._completed < self.limit or not heard:
             return
         self._in_excess = max(queue.shortest for queue in heard) > STANDING_QUEUE
         if self._in_excess:
             self.limit = max(float(min(self.most, self.stages + 1)), self.limit * 0.75)
+        self._growth = 1.0 if self._in_excess else min(2 * self._growth, self.limit)
         self._completed = 0
         self._queues.clear()
 
