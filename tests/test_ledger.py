@@ -122,7 +122,10 @@ def test_a_busy_target_costs_nobody_a_ban():
     ledger = make_ledger()
     route = issue(ledger)
     target = route.peers[1]
-    commands = say(ledger, route.peers[0], pb.PUSH_FAILED, target=target, status=pb.BUSY)
+    (cancel,) = say(ledger, route.peers[0], pb.PUSH_FAILED, target=target, status=pb.BUSY)
+    assert cancel == Cancel(target, ((M, 0),)), "asked twice, it may have room the second time"
+    assert say(ledger, route.peers[0], pb.PUSH_FAILED, target=target, status=pb.BUSY) == []
+    commands = ledger.handle(CancelAnswered(target, ((M, 0),), ()), 1.5)
     assert commands[0].route.peers[1] != target
     assert ledger._wirings[1].choose(1) and target in ledger._wirings[1]
 
@@ -306,3 +309,20 @@ def test_what_is_in_flight_is_counted_however_microbatches_end():
     assert (ledger.in_flight, ledger.unsettled) == (0, 1)
     say(ledger, route.peers[1], pb.DROPPED, 2.0)  # it gives up what it had accumulated
     assert (ledger.in_flight, ledger.unsettled) == (1, 1)
+
+
+def test_of_two_neighbours_that_fall_silent_nobody_accumulates_for_the_second_before_its_verdict():
+    ledger = make_ledger(stages=4, pool=3, verdict_s=10.0)
+    route = issue(ledger)
+    ledger.handle(Answered(route.peers[0], M, 0, pb.ACCEPTED, push=True), 1.0)
+    for peer in route.peers[:-1]:
+        say(ledger, peer, pb.FORWARDED)
+    say(ledger, route.peers[3], pb.BACKWARDED)
+    ledger.handle(PeerGone(route.peers[2], silent=True), 2.0)
+    ledger.handle(PeerGone(route.peers[1], silent=True), 2.5)
+    commands = [c for now_s in (12.2, 12.6) for c in ledger.handle(Tick(), now_s)]
+    routes = [c.route for c in commands if isinstance(c, Resend)]
+    assert routes, "both are given to others"
+    for stage in (1, 2):
+        accumulate = {each.peers[stage] for each in routes if stage not in each.accumulated}
+        assert len(accumulate) == 1, f"{accumulate} may all accumulate in stage {stage}"

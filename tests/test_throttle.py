@@ -62,3 +62,14 @@ def test_after_a_standing_queue_it_grows_slowly_again():
     assert cut <= throttle.limit <= cut + 7
     rounds(throttle, {"a": [0]}, count=16)
     assert throttle.limit == 1000
+
+
+def test_a_peer_without_room_cuts_at_once_and_once_a_round():
+    throttle = Throttle(most=1000, stages=4)
+    rounds(throttle, {"a": [0]}, count=16)
+    for _ in range(50):
+        throttle.refused()
+    assert throttle.limit == 750
+    rounds(throttle, {"a": [0]}, count=1)
+    throttle.refused()
+    assert throttle.limit < 600

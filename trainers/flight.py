@@ -84,7 +84,9 @@ class Flight:
             backward_until=min(
                 (s for s, h in enumerate(hops) if h.phase < Phase.ACCUMULATED), default=len(hops)
             ),
-            accumulated=tuple(s for s, h in enumerate(hops) if h.phase >= Phase.ACCUMULATED),
+            accumulated=tuple(
+                s for s, h in enumerate(hops) if h.phase >= Phase.ACCUMULATED or h.awaits_verdict
+            ),
             evaluate=self.evaluate,
             step=self.step,
         )

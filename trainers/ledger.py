@@ -194,6 +194,8 @@ class Ledger:
                 if s > 0 and flight.hops[s - 1].phase < Phase.ACCUMULATED:
                     commands += self._router.place(flight, now_s, suppliers={s})  # is its gradient out?
                 continue
+            if hop.awaits_verdict:
+                continue  # it only supplied its neighbours; the verdict says what is to be done here
             if event.silent and not self._strict and not flight.evaluate:
                 # It may have accumulated this just before its lease ended, and be in a step that closes now.
                 self._await_verdict(flight, hop, now_s + self._verdict_s)

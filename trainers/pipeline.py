@@ -122,6 +122,8 @@ class Pipeline:
 
     def feed(self, event: ev.LedgerEvent) -> None:
         """Give the ledger an event and do what it says."""
+        if ev.has_no_room(event):
+            self.throttle.refused()
         self._execute(self.ledger.handle(event, self._clock()))
         self.changed.set()
 

@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from averaging.network import PeerId
 from swarm.messages import Route
 from swarm.wiring import StageWiring
-from trainers.events import Command, PushTokens, Resend
+from trainers.events import Cancel, Command, PushTokens, Resend
 from trainers.evidence import Evidence
 from trainers.flight import Flight, Hop, Phase
 
@@ -59,7 +59,7 @@ class Router:
             hop.supplies = hop.phase >= Phase.ACCUMULATED
             hop.due_s = now_s if supplied else None
             flight.touched.add(peer)
-        flight.unplaced, flight.routed = set(), True
+        flight.unplaced, flight.routed, flight.retries = set(), True, []
         flight.attempt += not first
         for stage in placing:
             flight.hops[stage].placed = flight.attempt
@@ -72,8 +72,9 @@ class Router:
         """
         hop = flight.hops[stage]
         held = self._serves(hop.accumulated_by, stage) or self._evidence[stage].is_held(flight.id)
+        # Who takes a hop's place before the verdict must not accumulate it: it may be in a step.
         # Settled is settled: peers name the microbatches of their last steps only.
-        if hop.phase is Phase.SETTLED or (hop.phase is Phase.ACCUMULATED and held):
+        if hop.awaits_verdict or hop.phase is Phase.SETTLED or (hop.phase is Phase.ACCUMULATED and held):
             return self.place(flight, now_s, suppliers={stage})
         flight.hops[stage] = Hop()
         self._counters["rerouted_hops"] += flight.routed and not flight.evaluate
@@ -88,13 +89,19 @@ class Router:
         return self.reroute(flight, stage, now_s)
 
     def busy(self, flight: Flight, stage: int, backward: bool, now_s: float) -> list[Command]:
-        """The peer of `stage` has no room: take another one, or try again a little later."""
+        """The peer of `stage` has no room: take another one, or try again a little later.
+
+        Another one when it has promised not to take it: it may have been asked twice, and have room by now.
+        """
         hop = flight.hops[stage]
         assert hop.peer is not None
+        if hop.cancelling:
+            return []
         self._counters["busy"] += 1
         if len(self._wirings[stage]) > 1 and hop.peer not in flight.avoid:
             flight.avoid.add(hop.peer)
-            return self.reroute(flight, stage, now_s)
+            hop.cancelling = True
+            return [Cancel(hop.peer, ((flight.id, flight.attempt),))]
         flight.avoid.clear()
         flight.retries.append((now_s + RETRY_S, stage, backward))
         return []

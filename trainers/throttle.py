@@ -1,9 +1,9 @@
 """How many microbatches a trainer keeps under way: enough for the slowest stage to be busy, no more.
 
-Twice as many in every round of completions, a quarter less after a round in which some peer's queue never
-became short; then one more in a round, two more in the next, four: so it soon follows a swarm that grows.
-Only such a standing queue is work in excess: one that is long for a moment is the pipeline's own jitter, and
-cutting for it leaves the other peers idle.
+Twice as many in every round of completions, a quarter less when a peer has no room or after a round in which
+some peer's queue never became short; then one more in a round, two more in the next, four: so it soon follows
+a swarm that grows. Only such a standing queue is work in excess: one that is long for a moment is the
+pipeline's own jitter, and cutting for it leaves the other peers idle.
 Source: standing queues, "Controlling queue delay" (CoDel), Nichols and Jacobson, 2012.
 
 Pure.
@@ -41,7 +41,9 @@ class Throttle:
         known = self._queues.get(peer)
         if known is None:
             known = self._queues[peer] = _Queue(queue)
-        known.shortest, known.heartbeats = min(known.shortest, queue), known.heartbeats + 1
+        known.heartbeats += 1
+        if queue < known.shortest:
+            known.shortest = queue
 
     def gone(self, peer: PeerId) -> None:
         self._queues.pop(peer, None)
@@ -54,10 +56,20 @@ class Throttle:
         heard = [queue for queue in self._queues.values() if queue.heartbeats >= HEARTBEATS]
         if self._completed < self.limit or not heard:
             return
-        self._in_excess = max(queue.shortest for queue in heard) > STANDING_QUEUE
-        if self._in_excess:
-            self.limit = max(float(min(self.most, self.stages + 1)), self.limit * 0.75)
-        self._growth = 1.0 if self._in_excess else min(2 * self._growth, self.limit)
+        if max(queue.shortest for queue in heard) > STANDING_QUEUE:
+            return self._cut()
+        self._in_excess, self._growth = False, min(2 * self._growth, self.limit)
+        self._completed = 0
+        self._queues.clear()
+
+    def refused(self) -> None:
+        """A peer has no room for a hop: cut at once, once a round."""
+        if not self._in_excess:
+            self._cut()
+
+    def _cut(self) -> None:
+        self._in_excess, self._growth = True, 1.0
+        self.limit = max(float(min(self.most, self.stages + 1)), self.limit * 0.75)
         self._completed = 0
         self._queues.clear()
 
