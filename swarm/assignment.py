@@ -1,14 +1,25 @@
-"""Which stage a peer that may serve any of them should take: the weakest for what it costs, or reducers.
+"""Which stage a peer that may serve any of them should take, the weakest for what it costs, and who moves.
 
 Pure.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 
-from swarm.rebalance import Doing, Seat, capacities, weakest_stage
+from swarm.config import RebalancingConfig
+from swarm.rebalance import (
+    Doing,
+    Rebalancing,
+    Seat,
+    best_moves,
+    capacities,
+    papers_moves,
+    weakest_stage,
+)
 from swarm.records import PeerRecord
 
+LOADING_LOOK_S = 2.0
 MOST = 10.0  # nobody counts as more than so many times as fast as usual, whatever it says
 
 
@@ -43,6 +54,25 @@ def choose_stage(rosters: Sequence[Sequence[PeerRecord]], costs: Sequence[float]
         return stage, "it has no peer"
     total = capacities(seats, costs)
     return stage, f"the weakest, with {peers} peers and {total[stage] / max(total):.0%} of the strongest one"
+
+
+def rebalancing_of(
+    rosters: Sequence[Sequence[PeerRecord]], costs: Sequence[float], settings: RebalancingConfig
+) -> Rebalancing:
+    """Who should go to another stage, by the run's rule; newcomers that still load a state, by any rule."""
+    seats = seats_of(rosters)
+    if settings.rule == "best":
+        return best_moves(seats, costs, worth=settings.worth)
+    fixed = [replace(seat, doing=Doing.STAYS) if seat.doing is Doing.SERVES else seat for seat in seats]
+    spread = best_moves(fixed, costs, worth=0.0)
+    if settings.rule == "none" or spread.moves:
+        return spread
+    return papers_moves(seats, costs)
+
+
+def look_s(settings: RebalancingConfig, *, loading: bool) -> float:
+    """About how long until a peer looks at the rosters again: who loads a state in vain loses most."""
+    return min(settings.period_s, LOADING_LOOK_S) if loading else settings.period_s
 
 
 def choose_assisted(rosters: Sequence[Sequence[PeerRecord]]) -> tuple[int, str]:

@@ -17,13 +17,12 @@ from typing import Any
 
 from averaging.errors import AveragingError, LinkError
 from averaging.network import PeerId
-from swarm.assignment import choose_stage, seats_of
+from swarm.assignment import choose_stage, look_s, rebalancing_of
 from swarm.config import RunConfig
 from swarm.directory import Directory, all_rosters, read_rosters
 from swarm.jobs import is_out_of_memory
 from swarm.model import stage_costs
 from swarm.peer import Peer
-from swarm.rebalance import Rebalancing, best_moves, papers_moves
 from swarm.records import PeerRecord
 
 TRIES = 3  # to get the state of another stage, before a move is given up
@@ -123,10 +122,11 @@ class Volunteer:
 
     async def _look(self) -> int:
         """Wait until another stage needs this peer more: that stage."""
-        if self._fixed is not None or self._config.rebalancing.rule == "none":
+        if self._fixed is not None:
             await asyncio.get_running_loop().create_future()  # for ever
         while True:
-            await asyncio.sleep(self._config.rebalancing.period_s * self._rng.uniform(0.75, 1.25))
+            wait_s = look_s(self._config.rebalancing, loading=self.peer.membership.loading)
+            await asyncio.sleep(wait_s * self._rng.uniform(0.75, 1.25))
             try:
                 target = self._target(await read_rosters(self._directory, len(self._costs)))
                 if target is not None:
@@ -136,17 +136,11 @@ class Volunteer:
 
     def _target(self, rosters: Sequence[Sequence[PeerRecord]]) -> int | None:
         """The stage to move to, if this peer is one of those that should."""
-        found = self._decide(rosters)
+        found = rebalancing_of(rosters, self._costs, self._config.rebalancing)
         if found.reason != self._said:
             self._said = found.reason
             log.debug("rebalancing: %s", found.reason)
         return next((move.target for move in found.moves if move.peer == self._me), None)
-
-    def _decide(self, rosters: Sequence[Sequence[PeerRecord]]) -> Rebalancing:
-        seats, settings = seats_of(rosters), self._config.rebalancing
-        if settings.rule == "paper":
-            return papers_moves(seats, self._costs)
-        return best_moves(seats, self._costs, worth=settings.worth)
 
     async def _prepared(self, target: int) -> Peer | None:
         """A peer of the stage `target` that has its state, with nothing in the way of leaving; else None."""

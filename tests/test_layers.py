@@ -13,6 +13,9 @@ PURE = [
     "averaging/round.py", "averaging/repair.py", "averaging/wire.py",
     "swarm/records.py", "swarm/wiring.py",
     "swarm/partition.py", "swarm/assignment.py", "trainers/ledger.py", "trainers/routes.py",
+    "trainers/simulation/trace.py", "trainers/simulation/optimum.py", "trainers/simulation/fleet.py",
+    "trainers/simulation/links.py", "trainers/simulation/server.py", "trainers/simulation/steps.py",
+    "trainers/simulation/feeder.py", "trainers/simulation/world.py", "trainers/simulation/run.py",
     "trainers/throttle.py", "trainers/flight.py", "trainers/evidence.py", "trainers/events.py",
 ]  # fmt: skip
 IMPURE_MODULES = {"asyncio", "time", "threading", "socket", "subprocess", "os", "hivemind", "wandb"}
