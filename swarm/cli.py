@@ -75,6 +75,31 @@ def run(
     exit_with(start)
 
 
+@app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="CONFIG.yaml")],
+    peers: Annotated[
+        Path,
+        typer.Option(
+            help="Who may come: a CSV file with columns tflops, memory_gb, up_mbit, down_mbit, and if you "
+            "like name, availability, count."
+        ),
+    ],
+    overrides: Annotated[
+        list[str], typer.Option("--set", help="section.key=value, checked like the file.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Predict a run: who serves what, how fast it trains, what travels, what limits it."""
+
+    def start() -> int:
+        config = load_run(file, overrides)
+        from swarm.planning import plan_and_report, read_volunteers
+
+        return plan_and_report(config, read_volunteers(peers))
+
+    exit_with(start)
+
+
 def peer(
     join: Join,
     stage: Annotated[

@@ -12,7 +12,7 @@ PURE = [
     "averaging/plan.py", "averaging/grid.py", "averaging/shares.py", "averaging/reduce.py",
     "averaging/round.py", "averaging/repair.py", "averaging/wire.py",
     "swarm/records.py", "swarm/wiring.py",
-    "swarm/partition.py", "swarm/assignment.py", "trainers/ledger.py", "trainers/routes.py",
+    "swarm/partition.py", "swarm/assignment.py", "swarm/prediction.py", "trainers/ledger.py", "trainers/routes.py",
     "trainers/simulation/trace.py", "trainers/simulation/optimum.py", "trainers/simulation/fleet.py",
     "trainers/simulation/links.py", "trainers/simulation/server.py", "trainers/simulation/steps.py",
     "trainers/simulation/feeder.py", "trainers/simulation/world.py", "trainers/simulation/run.py",

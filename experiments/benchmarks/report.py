@@ -39,8 +39,15 @@ def report(
     for row in rows:
         table.add_row(*(_text(row.get(column, "")) for column in columns))
     console.print(table)
+    report_ratios(benchmark, rows, ratios, as_json)
+
+
+def report_ratios(
+    benchmark: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float], as_json: bool
+) -> None:
+    """Print the ratios, and with `as_json` everything in one line of JSON."""
     for name, value in ratios.items():
-        console.print(f"{name} = {value:.3f}")
+        Console().print(f"{name} = {value:.3f}")
     if as_json:
         rounded = {name: round(value, 4) for name, value in ratios.items()}
         line = {"benchmark": benchmark, "machine": machine(), "rows": list(rows), "ratios": rounded}
