@@ -33,6 +33,7 @@ TABLE = {
     "progress/steps": "optimizer steps that every stage has taken",
     "progress/tokens": "tokens whose gradient every stage has accumulated",
     "speed/tokens_per_s": "tokens per second over the last period",
+    "speed/predicted_tokens_per_s": "what the devices of the weakest stage could compute",
     "pipeline/in_flight": "microbatches under way",
     "pipeline/rerouted_hops": "hops given to another peer, cumulative",
     "swarm/peers": "peers that report",
@@ -54,6 +55,7 @@ class PeerMetrics(BaseModel):
     queue: Count
     retained_bytes: Count
     tokens_per_s: float
+    speed: float = Field(0.0, ge=0, le=1e18, description="multiply-adds per second while it computes")
     join_s: float = Field(0.0, ge=0, description="from asking for the state to the first microbatch")
     name: str = Field("", max_length=128)
     hash: str = Field("", pattern="^[0-9a-f]{0,16}$")

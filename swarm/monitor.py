@@ -23,6 +23,8 @@ from averaging.network import PeerId
 from swarm.config import RunConfig
 from swarm.launch import Kill
 from swarm.metrics import TABLE
+from swarm.model import stage_costs
+from swarm.rebalance import Seat, capacities
 
 MAX_SENDERS, MAX_HASHES = 16_384, 65_536
 FRESH_S = 6.0  # a process that has not reported for longer is not shown as live
@@ -125,6 +127,20 @@ class Monitor:
         done = any(values["finished"] for values in self._of("trainer").values())
         return done and all(reached[stage] >= steps for stage in stages)
 
+    def predicted_tokens_s(self) -> float:
+        """What the devices of the weakest stage could compute, if they had nothing to wait for.
+
+        Who has not measured itself yet counts as usual.
+        """
+        peers = [v for v in self._of("peer", fresh=True).values() if v.get("hash")]  # those with a state
+        known = [float(v["speed"]) for v in peers if v.get("speed")]
+        if not known:
+            return 0.0
+        usual = statistics.median(known)
+        seats = (Seat(str(v.get("name")), int(v["stage"]), float(v.get("speed") or usual)) for v in peers)
+        stages = self.config.model.stages
+        return min(capacities([s for s in seats if s.stage < stages], stage_costs(self.config.model)))
+
     def _loss(self) -> float | None:
         losses = [v["loss"] for v in self._of("trainer").values() if v.get("loss") is not None]
         return statistics.fmean(losses) if losses else None
@@ -150,6 +166,7 @@ class Monitor:
             "progress/steps": self.step(),
             "progress/tokens": tokens,
             "speed/tokens_per_s": round(self._rate, 1),
+            "speed/predicted_tokens_per_s": round(self.predicted_tokens_s(), 1),
             "pipeline/in_flight": sum(
                 int(v.get("in_flight", 0)) for v in self._of("trainer", fresh=True).values()
             ),
@@ -190,7 +207,8 @@ class Monitor:
         counters = self._counters("trainer")
         lines = [
             f"step {self.step()} of {self.config.training.steps}   {self.tokens():,} tokens   "
-            f"{self._rate:,.0f} tokens/s   {time.time() - self._began:.0f} s",
+            f"{self._rate:,.0f} tokens/s of {self.predicted_tokens_s():,.0f} predicted   "
+            f"{time.time() - self._began:.0f} s",
             f"loss {'-' if loss is None else format(loss, '.3f')} nats per token   held-out "
             + (" -> ".join(f"{e['loss']:.3f}" for e in evaluations[-5:]) or "-"),
             f"microbatches: {counters['completed']} completed, {counters['rerouted_hops']} hops rerouted, "

@@ -311,6 +311,7 @@ class Peer:
             "held": len(self.server.mailbox),
             "retained_bytes": self.server.mailbox.retained_bytes,
             "tokens_per_s": round(self._tokens_per_s, 1),
+            "speed": self._speed.announced,
             "join_s": round(self._join_s, 2),
             "name": self._name,
             "hash": self.updater.state_hash.hex(),

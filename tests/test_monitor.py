@@ -1,5 +1,8 @@
 """What the organizer makes of the metrics it is sent."""
 
+import pytest
+
+from swarm.model import stage_costs
 from swarm.monitor import Monitor
 from tests.sim import tiny_run
 
@@ -19,3 +22,23 @@ def test_a_state_unlike_that_of_its_stage_mates_is_counted_once_and_told(tmp_pat
             push("one", 3, "cc")
             push("two", 3, "dd")
     assert monitor.drift == 1 and "version 3: one and two hold different states" in caplog.text
+
+
+def test_the_prediction_is_what_the_weakest_stage_computes(tmp_path):
+    monitor = Monitor(config := tiny_run(), tmp_path)
+    costs = stage_costs(config.model)
+
+    def push(peer, stage, speed, state="aa"):
+        values = {"kind": "peer", "name": peer, "stage": stage, "version": 1, "hash": state, "speed": speed}
+        monitor.take(peer, values)
+
+    assert monitor.predicted_tokens_s() == 0
+    push("one", 0, 10 * costs[0])
+    push("helper", 1, 0.0, state="")
+    assert monitor.predicted_tokens_s() == 0, "nobody serves the other stages"
+    push("two", 1, 6 * costs[1])
+    push("three", 2, 9 * costs[2])
+    assert monitor.predicted_tokens_s() == pytest.approx(6)
+    push("new", 1, 0.0)
+    usual = sorted([10 * costs[0], 6 * costs[1], 9 * costs[2]])[1]
+    assert monitor.predicted_tokens_s() == pytest.approx(min(9, 10, 6 + usual / costs[1]))
