@@ -11,9 +11,7 @@ I/O: all of it. The run goes on without this process; its own children end with 
 
 import asyncio
 import logging
-import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from swarm.checkpoint import Checkpoint, CheckpointError, checkpoints_in, read_c
 from swarm.config import RunConfig, dump_run
 from swarm.dht import HivemindDirectory
 from swarm.errors import UserError
+from swarm.folder import claimed
 from swarm.launch import NOBODY, LocalRun, last_line
 from swarm.manifest import pack_manifest
 from swarm.metrics import serve_metrics
@@ -61,7 +60,14 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
     """Carry out one run. Raises UserError; returns the process's exit code."""
     console = Console()
     newest = _newest_checkpoint(options.folder, config) if options.resume else None
-    folder = _fresh_folder(options.folder, keep=KEPT if options.resume else ())
+    with claimed(options.folder, keep=KEPT if options.resume else ()):
+        return await _organize(config, options, console, newest)
+
+
+async def _organize(
+    config: RunConfig, options: RunOptions, console: Console, newest: Checkpoint | None
+) -> int:
+    folder = options.folder
     (folder / "config.yaml").write_text(dump_run(config))
     identity = folder / "identity"
     join = await reachable(read_addresses(folder / PEERS))
@@ -201,30 +207,6 @@ def _newest_checkpoint(folder: Path, config: RunConfig) -> Checkpoint:
         if len(found) == 1:
             raise
         raise UserError(f"{error}; without {found[-1].name} it goes on from {found[-2].name}") from None
-
-
-def _fresh_folder(folder: Path, *, keep: Sequence[str] = ()) -> Path:
-    """Make the run's folder; an older run of that name is moved aside, never overwritten.
-
-    What is named in `keep` stays.
-    """
-    kept: list[Path] = []
-    if folder.exists():
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(folder.stat().st_mtime))
-        aside = folder.with_name(f"{folder.name}-{stamp}")
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = folder.with_name(f"{folder.name}-{stamp}-{number}")
-        shutil.move(str(folder), str(aside))
-        kept = [aside / name for name in keep if (aside / name).exists()]
-    try:
-        folder.mkdir(parents=True)
-        for path in kept:
-            path.rename(folder / path.name)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
-    return folder
 
 
 def _print_summary(console: Console, summary: dict[str, Any]) -> None:

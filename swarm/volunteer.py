@@ -122,7 +122,8 @@ class Volunteer:
 
     async def _look(self) -> int:
         """Wait until another stage needs this peer more: that stage."""
-        if self._fixed is not None:
+        serves_for_good = self._config.rebalancing.rule == "none" and not self.peer.membership.loading
+        if self._fixed is not None or serves_for_good:
             await asyncio.get_running_loop().create_future()  # for ever
         while True:
             wait_s = look_s(self._config.rebalancing, loading=self.peer.membership.loading)

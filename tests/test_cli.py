@@ -121,6 +121,14 @@ def test_an_older_run_of_the_same_name_is_kept(tmp_path):
 
 
 @pytest.mark.real
+def test_a_second_organizer_of_the_same_run_is_refused(tmp_path):
+    with Organizer(tmp_path) as organizer:
+        again = command(BIN / "swarm", "run", tmp_path / "run.yaml", "--folder", tmp_path / "runs")
+        assert_one_line(again, "another organizer is at work here")
+        assert organizer.process.poll() is None
+
+
+@pytest.mark.real
 def test_empty_data_ends_the_run_with_one_line(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     text = f"name: x\ndata: {{source: text, path: {tmp_path}/empty.txt}}\nmonitor: {{wandb: disabled}}\n"
