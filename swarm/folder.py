@@ -31,9 +31,7 @@ def claimed(folder: Path, *, keep: Sequence[str] = ()) -> Iterator[None]:
                 _take(folder, older)
                 aside = _move_aside(folder)
                 _make(folder)
-                for name in keep:
-                    if (aside / name).exists():
-                        (aside / name).rename(folder / name)
+                _bring_back(aside, folder, keep)
                 (aside / LOCK).unlink(missing_ok=True)
         else:
             _make(folder)
@@ -55,6 +53,8 @@ def _opened(folder: Path) -> IO[str]:
 def _take(folder: Path, lock: IO[str]) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_there(folder, lock):  # another one has moved the folder aside since this was opened
+            raise BlockingIOError
     except BlockingIOError:
         lock.seek(0)
         process = lock.read(20).strip()
@@ -66,6 +66,13 @@ def _take(folder: Path, lock: IO[str]) -> None:
         log.warning("%s: cannot be locked (%s): see that no other organizer uses it", folder, error.strerror)
 
 
+def _is_there(folder: Path, lock: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat())
+    except FileNotFoundError:
+        return False
+
+
 def _move_aside(folder: Path) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(folder.stat().st_mtime))
     aside, number = folder.with_name(f"{folder.name}-{stamp}"), 1
@@ -74,6 +81,15 @@ def _move_aside(folder: Path) -> Path:
         aside = folder.with_name(f"{folder.name}-{stamp}-{number}")
     shutil.move(str(folder), str(aside))
     return aside
+
+
+def _bring_back(aside: Path, folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if (aside / name).exists():
+            try:
+                (aside / name).rename(folder / name)
+            except OSError as error:
+                raise UserError(f"{aside / name}: cannot be moved to {folder}: {error.strerror}") from None
 
 
 def _make(folder: Path) -> None:

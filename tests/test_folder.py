@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from swarm.errors import UserError
-from swarm.folder import LOCK, claimed
+from swarm.folder import LOCK, _opened, _take, claimed
 
 
 def test_only_one_organizer_at_a_time_has_a_folder(tmp_path):
@@ -50,3 +50,11 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be created"), claimed(tmp_path / "file" / "run"):
         pass
+
+
+def test_a_lock_on_a_folder_that_another_one_has_moved_aside_is_none(tmp_path):
+    folder = tmp_path / "run"
+    with claimed(folder):
+        pass
+    with _opened(folder) as slow, claimed(folder), pytest.raises(UserError, match="another organizer"):
+        _take(folder, slow)

@@ -326,3 +326,46 @@ def test_of_two_neighbours_that_fall_silent_nobody_accumulates_for_the_second_be
     for stage in (1, 2):
         accumulate = {each.peers[stage] for each in routes if stage not in each.accumulated}
         assert len(accumulate) == 1, f"{accumulate} may all accumulate in stage {stage}"
+
+
+def test_tokens_that_found_no_room_are_pushed_again_whoever_is_placed_meanwhile():
+    ledger = make_ledger(stages=2, pool=1)
+    ledger.handle(PeerReady(1, "1b", 0), 0.0)
+    route = issue(ledger)
+    assert ledger.handle(Answered("0a", M, 0, pb.BUSY, push=True), 1.0) == []  # nobody else is there
+    assert ledger.counters["no_room"] == 1
+    ledger.handle(PeerGone(route.peers[1]), 1.05)
+    again = ledger.handle(Tick(), 1.2)
+    assert [type(command) for command in again] == [PushTokens]
+
+
+def test_tokens_that_are_refused_while_a_stage_has_nobody_are_pushed_again():
+    ledger = make_ledger(stages=2, pool=1)
+    issue(ledger)
+    ledger.handle(PeerGone("1a"), 1.0)
+    assert ledger.handle(Answered("0a", M, 0, pb.BUSY, push=True), 1.1) == []
+    commands = ledger.handle(PeerReady(1, "1b", 0), 2.0) + ledger.handle(Tick(), 2.1)
+    assert PushTokens in [type(command) for command in commands]
+
+
+def test_a_promise_not_to_take_an_older_attempt_is_none_for_the_present_one():
+    ledger = make_ledger(stages=3)
+    route = issue(ledger)
+    ledger.handle(Answered(route.peers[0], M, 0, pb.ACCEPTED, push=True), 1.0)
+    say(ledger, route.peers[0], pb.FORWARDED)
+    last = route.peers[2]
+    (cancel,) = say(ledger, route.peers[1], pb.PUSH_FAILED, target=last, status=pb.BUSY)
+    ledger.handle(PeerGone(route.peers[1]), 1.1)  # a new attempt, with the same last peer in its route
+    attempt = ledger._flights[M].attempt
+    assert attempt == 1 and ledger._flights[M].hops[2].peer == last
+    commands = ledger.handle(CancelAnswered(last, cancel.microbatches, ()), 1.2)
+    assert commands == [Cancel(last, ((M, attempt),))] and ledger._flights[M].hops[2].peer == last
+    ledger.handle(CancelAnswered(last, ((M, attempt),), ()), 1.3)
+    assert ledger._flights[M].hops[2].peer != last
+
+
+def test_a_stage_heard_before_the_one_before_it_is_not_taken_for_infinitely_fast():
+    ledger = make_ledger(stages=2, pool=1)
+    issue(ledger)
+    say(ledger, "1a", pb.BACKWARDED)
+    assert ledger._wirings[1]._cost_s["1a"] == 1.0

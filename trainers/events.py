@@ -6,7 +6,6 @@ Plain records; times are seconds of the trainer's clock.
 from dataclasses import dataclass
 
 from averaging.network import PeerId
-from swarm import swarm_pb2 as pb
 from swarm.messages import Route
 
 # ---- events
@@ -90,11 +89,6 @@ class Tick:
 
 
 LedgerEvent = PeerReady | PeerGone | WatchBroke | HopEvent | Answered | CancelAnswered | SteppedEvent | Tick
-
-
-def has_no_room(event: LedgerEvent) -> bool:
-    """Did a peer refuse a hop because it holds as many as it may?"""
-    return isinstance(event, HopEvent | Answered) and event.status == pb.BUSY
 
 
 # ---- commands

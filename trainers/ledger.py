@@ -253,7 +253,8 @@ class Ledger:
             case pb.BACKWARDED:
                 if hop.phase < Phase.ACCUMULATED:
                     self._done(flight, stage, now_s)
-                    self._wirings[stage].observe(event.peer, flight.token_count, hop.took_s)
+                    if hop.took_s > 0:  # else it was heard before the stage before it
+                        self._wirings[stage].observe(event.peer, flight.token_count, hop.took_s)
                 return self._accumulated(flight, stage, event.step, event.loss, now_s)
             case pb.EVALUATED:
                 flight.loss = event.loss
@@ -427,7 +428,11 @@ class Ledger:
             return []
         if event.status in (pb.ACCEPTED, pb.DUPLICATE):
             return self._has_input(flight, 0, now_s)
-        if hop.has_input or flight.unplaced or (hop.phase >= Phase.ACCUMULATED and not hop.only_supplies):
+        if hop.has_input or (hop.phase >= Phase.ACCUMULATED and not hop.only_supplies):
+            return []
+        if flight.unplaced:
+            if 0 not in flight.unplaced:  # else whoever gets it is pushed the tokens anyway
+                flight.retries.append((now_s, 0, False))
             return []
         if event.attempt != flight.attempt and event.status != pb.CLOSED:
             return [self._router.push_tokens(flight)]  # refused for an older route: ask again for this one
@@ -461,6 +466,9 @@ class Ledger:
                 continue
             elif microbatch in stands:
                 commands += self._accumulated(flight, stage, *stands[microbatch], now_s)
+            elif attempt < flight.attempt and hop.phase < Phase.ACCUMULATED:
+                # It has promised nothing of the attempt that was made meanwhile, with it in the route.
+                commands += _cancels(event.peer, [(microbatch, flight.attempt)])
             elif hop.phase < Phase.ACCUMULATED or hop.only_supplies:
                 commands += self._router.reroute(flight, stage, now_s)
         return commands
@@ -482,7 +490,8 @@ class Ledger:
                 commands += self._inside(self._flights[microbatch], stage, event.version - 1, now_s)
         if event.whole:
             return commands + self._settle(stage, now_s)
-        for microbatch in evidence.safe_ones(ours):  # of others it says nothing
+        known = [microbatch for microbatch in ours if microbatch in self._flights]
+        for microbatch in evidence.safe_ones(known):  # of others it says nothing
             if (flight := self._flights.get(microbatch)) is not None:
                 commands += self._settle_hop(flight, stage, now_s)
         return commands + (self._judge_all(now_s, stage) if evidence.newest > newest else [])

@@ -122,9 +122,10 @@ class Pipeline:
 
     def feed(self, event: ev.LedgerEvent) -> None:
         """Give the ledger an event and do what it says."""
-        if ev.has_no_room(event):
-            self.throttle.refused()
+        refusals = self.ledger.counters["no_room"]
         self._execute(self.ledger.handle(event, self._clock()))
+        if self.ledger.counters["no_room"] > refusals:
+            self.throttle.refused()
         self.changed.set()
 
     # who is there

@@ -59,7 +59,8 @@ class Router:
             hop.supplies = hop.phase >= Phase.ACCUMULATED
             hop.due_s = now_s if supplied else None
             flight.touched.add(peer)
-        flight.unplaced, flight.routed, flight.retries = set(), True, []
+        flight.unplaced, flight.routed = set(), True
+        flight.retries = [retry for retry in flight.retries if retry[1] not in placing]
         flight.attempt += not first
         for stage in placing:
             flight.hops[stage].placed = flight.attempt
@@ -102,6 +103,7 @@ class Router:
             flight.avoid.add(hop.peer)
             hop.cancelling = True
             return [Cancel(hop.peer, ((flight.id, flight.attempt),))]
+        self._counters["no_room"] += 1
         flight.avoid.clear()
         flight.retries.append((now_s + RETRY_S, stage, backward))
         return []

@@ -1,6 +1,6 @@
 """How many microbatches a trainer keeps under way: enough for the slowest stage to be busy, no more.
 
-Twice as many in every round of completions, a quarter less when a peer has no room or after a round in which
+Twice as many in every round of completions, a quarter less when no peer has room or after a round in which
 some peer's queue never became short; then one more in a round, two more in the next, four: so it soon follows
 a swarm that grows. Only such a standing queue is work in excess: one that is long for a moment is the
 pipeline's own jitter, and cutting for it leaves the other peers idle.
@@ -63,7 +63,7 @@ class Throttle:
         self._queues.clear()
 
     def refused(self) -> None:
-        """A peer has no room for a hop: cut at once, once a round."""
+        """No peer of a stage has room for a hop: cut at once, once a round."""
         if not self._in_excess:
             self._cut()
 

@@ -44,9 +44,10 @@ class Feeder:
 
     def feed(self, event: ev.LedgerEvent) -> None:
         """Give the ledger an event, do what it says, and issue what the throttle admits."""
-        if ev.has_no_room(event):
-            self.throttle.refused()
+        refusals = self.ledger.counters["no_room"]
         self._execute(self.ledger.handle(event, self._world.events.now_s))
+        if self.ledger.counters["no_room"] > refusals:
+            self.throttle.refused()
         while self.throttle.admits(self.ledger.in_flight) and all(map(len, self._wirings)):
             self._issue()
 
