@@ -53,8 +53,10 @@ class Throttle:
         self._completed += 1
         if not self._in_excess:
             self.limit = min(float(self.most), self.limit + self._growth / self.limit)
+        if self._completed < self.limit:
+            return
         heard = [queue for queue in self._queues.values() if queue.heartbeats >= HEARTBEATS]
-        if self._completed < self.limit or not heard:
+        if not heard:
             return
         if max(queue.shortest for queue in heard) > STANDING_QUEUE:
             return self._cut()
