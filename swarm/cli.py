@@ -18,6 +18,8 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Volunteers training one large model together."
 )
 
+RunFile = Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="CONFIG.yaml")]
+Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, checked like the file.")]
 Join = Annotated[
     list[str], typer.Option("--join", help="Address of any process of the run; may be repeated.")
 ]
@@ -36,7 +38,7 @@ def _group() -> None:
 
 @app.command()
 def run(
-    file: Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="CONFIG.yaml")],
+    file: RunFile,
     chaos: Annotated[
         float | None, typer.Option(help="SIGKILL a random peer every so many seconds.", min=1)
     ] = None,
@@ -44,9 +46,7 @@ def run(
         float | None, typer.Option(help="End the run after so many minutes.", min=0.01)
     ] = None,
     steps: Annotated[int | None, typer.Option(help="End the run after so many steps.", min=1)] = None,
-    overrides: Annotated[
-        list[str], typer.Option("--set", help="section.key=value, checked like the file.")
-    ] = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines join.")
     ] = "127.0.0.1",
@@ -77,7 +77,7 @@ def run(
 
 @app.command()
 def plan(
-    file: Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="CONFIG.yaml")],
+    file: RunFile,
     peers: Annotated[
         Path,
         typer.Option(
@@ -85,9 +85,7 @@ def plan(
             "like name, availability, count."
         ),
     ],
-    overrides: Annotated[
-        list[str], typer.Option("--set", help="section.key=value, checked like the file.")
-    ] = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Predict a run: who serves what, how fast it trains, what travels, what limits it."""
 

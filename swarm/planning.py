@@ -10,7 +10,8 @@ from rich.table import Table
 
 from swarm.config import RunConfig
 from swarm.errors import UserError
-from swarm.model import stage_costs, stage_shapes
+from swarm.files import read_text
+from swarm.model import stage_costs, stage_values
 from swarm.prediction import Prediction, StageLoad, Volunteer, predict, stage_loads, utilisation
 
 MAX_PEERS, MAX_BYTES = 100_000, 16 << 20
@@ -35,13 +36,8 @@ class _Row(BaseModel):
 
 def read_volunteers(path: Path) -> list[Volunteer]:
     """Raises UserError with file, line and column."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB: not a list of peers")
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    reader = csv.DictReader(lines, skipinitialspace=True)
+    text = read_text(path, most_bytes=MAX_BYTES, what="a list of peers")
+    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
     found: list[Volunteer] = []
     for fields in reader:
         row = _row(fields, f"{path}:{reader.line_num}")
@@ -84,9 +80,7 @@ def _row(fields: dict[str | None, str | None], where: str) -> _Row:
 
 def loads_of(config: RunConfig) -> list[StageLoad]:
     """Raises ConfigError for a bad model factory."""
-    stages = range(config.model.stages)
-    values = [sum(shape.numel() for shape in stage_shapes(config.model, stage).values()) for stage in stages]
-    return stage_loads(config, stage_costs(config.model), values)
+    return stage_loads(config, stage_costs(config.model), stage_values(config.model))
 
 
 def plan_and_report(config: RunConfig, volunteers: list[Volunteer]) -> int:

@@ -131,19 +131,18 @@ def predict(config: RunConfig, loads: Sequence[StageLoad], volunteers: Sequence[
         batch=config.training.target_batch_tokens,
     )
     tokens_s = run.improved(tries=MOST_TRIED // max(1, len(volunteers)))
-    vectors, batch = run.vectors, run.batch
-    found = run.rates(tokens_s)
+    steps_s, found = tokens_s / run.batch, run.rates(tokens_s)
     weakest = min(range(len(seats)), key=lambda s: (found[s], s))
     return Prediction(
         seats=tuple(seats),
         rates=tuple(found),
         tokens_s=tokens_s,
-        steps_s=tokens_s / batch,
+        steps_s=steps_s,
         weakest=weakest,
-        limits=_what_limits(seats[weakest], tokens_s / batch, vectors[weakest]),
+        limits=_what_limits(seats[weakest], steps_s, run.vectors[weakest]),
         gigabytes_day=tuple(
-            _gigabytes(seat, tokens_s, tokens_s / batch, vector)
-            for seat, vector in zip(seats, vectors, strict=True)
+            _gigabytes(seat, tokens_s, steps_s, vector)
+            for seat, vector in zip(seats, run.vectors, strict=True)
         ),
         left_out=tuple(left_out),
     )

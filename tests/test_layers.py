@@ -17,7 +17,8 @@ PURE = [
     "trainers/simulation/trace.py", "trainers/simulation/optimum.py", "trainers/simulation/fleet.py",
     "trainers/simulation/links.py", "trainers/simulation/server.py", "trainers/simulation/steps.py",
     "trainers/simulation/feeder.py", "trainers/simulation/world.py", "trainers/simulation/run.py",
-    "trainers/throttle.py", "trainers/flight.py", "trainers/evidence.py", "trainers/events.py",
+    "trainers/assembly.py", "trainers/throttle.py", "trainers/flight.py", "trainers/evidence.py",
+    "trainers/events.py",
 ]  # fmt: skip
 IMPURE_MODULES = {"asyncio", "time", "threading", "socket", "subprocess", "os", "hivemind", "wandb"}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from swarm.cli import Join, Listen, Port, Verbose, app, exit_with
+from swarm.cli import Join, Listen, Overrides, Port, RunFile, Verbose, app, exit_with
 from swarm.config import load_run
 from swarm.errors import UserError
 
@@ -43,7 +43,7 @@ def trainer(
 
 @app.command()
 def simulate(
-    file: Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="CONFIG.yaml")],
+    file: RunFile,
     trace: Annotated[
         Path | None, typer.Option(help="Machines over time: rows `time,instances`. Default: --synthetic.")
     ] = None,
@@ -71,17 +71,16 @@ def simulate(
     ] = 1,
     plot: Annotated[Path | None, typer.Option(help="Draw it: a .png, .svg or .pdf file.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed, other luck.", min=0)] = 0,
-    overrides: Annotated[
-        list[str], typer.Option("--set", help="section.key=value, checked like the file.")
-    ] = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Run the swarm's decisions on simulated machines that come and go as in a trace."""
 
     def start() -> int:
         config = load_run(file, overrides)
+        from swarm.prediction import OPERATIONS
         from trainers.simulation.command import TraceOptions, read_trace, simulate_and_report
         from trainers.simulation.links import Link
-        from trainers.simulation.run import OPERATIONS, Surroundings
+        from trainers.simulation.run import Surroundings
 
         found = read_trace(TraceOptions(trace, unit.value, synthetic, wanted, seed))
         around = Surroundings(

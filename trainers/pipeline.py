@@ -34,10 +34,9 @@ from swarm.errors import RejectedError
 from swarm.messages import Push, parse_reply
 from swarm.scope import at_stage
 from swarm.server import SERVICE
-from swarm.wiring import StageWiring
 from trainers import events as ev
-from trainers.ledger import Ledger, batched_releases
-from trainers.throttle import Throttle
+from trainers.assembly import SILENT_BEATS, ledger_of, take, throttle_of, wirings_of
+from trainers.ledger import batched_releases
 
 TICK_S = 0.05
 LOOK_S = 0.1  # between two readings of the roster, at least
@@ -64,21 +63,16 @@ class Pipeline:
     ) -> None:
         self._network, self._directory, self._config, self._clock = network, directory, config, clock
         self._on_completed, self._on_abandoned, self._on_recovered = on_completed, on_abandoned, on_recovered
-        prior_s = config.pipeline.wiring_prior_s / config.training.microbatch_tokens
-        self._wirings = [
-            StageWiring(stage=stage, rng=rng, prior_cost_s=prior_s) for stage in range(config.model.stages)
-        ]
+        self._wirings = wirings_of(config, rng)
         self.session = secrets.token_bytes(8)
-        self.ledger = Ledger(
+        self.ledger = ledger_of(
+            config,
+            self._wirings,
             trainer=network.peer_id,
             session=self.session,
-            wirings=self._wirings,
-            hop_deadline_s=config.pipeline.hop_deadline_s,
-            retain_until_step=config.retains_until_step,
-            verdict_s=4 * config.averaging.progress_deadline_s,
             strict=config.training.strict,
         )
-        self.throttle = Throttle(most=config.pipeline.in_flight, stages=config.model.stages)
+        self.throttle = throttle_of(config)
         self._stage_of: dict[PeerId, int] = {}  # as it was when the peer was found
         self._calls = [
             Calls(at_stage(network, stage), SERVICE, deadline_s=config.averaging.progress_deadline_s)
@@ -122,10 +116,7 @@ class Pipeline:
 
     def feed(self, event: ev.LedgerEvent) -> None:
         """Give the ledger an event and do what it says."""
-        refusals = self.ledger.counters["no_room"]
-        self._execute(self.ledger.handle(event, self._clock()))
-        if self.ledger.counters["no_room"] > refusals:
-            self.throttle.refused()
+        self._execute(take(self.ledger, self.throttle, event, self._clock()))
         self.changed.set()
 
     # who is there
@@ -208,7 +199,7 @@ class Pipeline:
         await stream.send(pb.WatchPing(session=self.session, fresh=not again).SerializeToString())
         while True:
             try:
-                async with asyncio.timeout(4 * beat_s):
+                async with asyncio.timeout(SILENT_BEATS * beat_s):
                     frame = await stream.receive()
             except TimeoutError:
                 if self._clock() - heard_s > lease_s:

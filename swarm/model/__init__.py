@@ -71,6 +71,12 @@ def stage_shapes(config: ModelConfig, stage: int) -> Mapping[str, torch.Size]:
     return {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
 
 
+def stage_values(config: ModelConfig) -> list[int]:
+    """How many trainable parameters every stage has. Raises ConfigError for a bad factory."""
+    shapes = (stage_shapes(config, stage) for stage in range(config.stages))
+    return [sum(shape.numel() for shape in each.values()) for each in shapes]
+
+
 class _Uninitialised(TorchFunctionMode):
     """Modules are built without values of their own: `initialise` draws all of them.
 

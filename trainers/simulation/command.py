@@ -11,6 +11,7 @@ from rich.table import Table
 
 from swarm.config import RunConfig
 from swarm.errors import UserError
+from swarm.files import read_text
 from trainers.simulation.plot import draw
 from trainers.simulation.run import Result, Simulation, Surroundings
 from trainers.simulation.trace import Trace, parse_trace, synthetic_trace
@@ -31,12 +32,7 @@ def read_trace(options: TraceOptions) -> Trace:
     """Raises UserError."""
     if options.file is None:
         return synthetic_trace(hours=options.hours, wanted=options.wanted, rng=random.Random(options.seed))
-    try:
-        if options.file.stat().st_size > MAX_TRACE_BYTES:
-            raise UserError(f"{options.file}: larger than {MAX_TRACE_BYTES >> 20} MiB: not a trace")
-        text = options.file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{options.file}: cannot be read: {error}") from None
+    text = read_text(options.file, most_bytes=MAX_TRACE_BYTES, what="a trace")
     return parse_trace(text, source=str(options.file), unit=options.unit)
 
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from averaging.network import PeerId
 from swarm.messages import Route
-from swarm.wiring import StageWiring
 from trainers import events as ev
-from trainers.ledger import Ledger, batched_releases
-from trainers.throttle import Throttle
+from trainers.assembly import ledger_of, take, throttle_of, wirings_of
+from trainers.ledger import batched_releases
 
 if TYPE_CHECKING:
     from trainers.simulation.world import World
@@ -24,19 +23,13 @@ class Feeder:
     """Keeps its own microbatches moving."""
 
     def __init__(self, name: PeerId, world: World, rng: random.Random) -> None:
-        config, stages = world.config, len(world.costs)
         self.name, self._world = name, world
-        prior_s = config.pipeline.wiring_prior_s / world.microbatch_tokens
-        self._wirings = [StageWiring(stage=s, rng=rng, prior_cost_s=prior_s) for s in range(stages)]
-        self.ledger = Ledger(
-            trainer=name,
-            session=name.encode()[:8].ljust(8),
-            wirings=self._wirings,
-            hop_deadline_s=config.pipeline.hop_deadline_s,
-            retain_until_step=config.retains_until_step,
-            verdict_s=4 * config.averaging.progress_deadline_s,
+        self._session = name.encode()[:8].ljust(8)
+        self._wirings = wirings_of(world.config, rng)
+        self.ledger = ledger_of(  # what is issued here is not issued step by step
+            world.config, self._wirings, trainer=name, session=self._session, strict=False
         )
-        self.throttle = Throttle(most=config.pipeline.in_flight, stages=stages)
+        self.throttle = throttle_of(world.config)
         self.tokens = self._issued = 0
         self.recovery_s: list[float] = []
         self._blank = bytes(4 * (world.microbatch_tokens + 1))
@@ -44,10 +37,7 @@ class Feeder:
 
     def feed(self, event: ev.LedgerEvent) -> None:
         """Give the ledger an event, do what it says, and issue what the throttle admits."""
-        refusals = self.ledger.counters["no_room"]
-        self._execute(self.ledger.handle(event, self._world.events.now_s))
-        if self.ledger.counters["no_room"] > refusals:
-            self.throttle.refused()
+        self._execute(take(self.ledger, self.throttle, event, self._world.events.now_s))
         while self.throttle.admits(self.ledger.in_flight) and all(map(len, self._wirings)):
             self._issue()
 
@@ -66,7 +56,7 @@ class Feeder:
 
     def _issue(self) -> None:
         self._issued += 1
-        microbatch = self.name.encode()[:8].ljust(8) + self._issued.to_bytes(8, "big")
+        microbatch = self._session + self._issued.to_bytes(8, "big")
         now_s = self._world.events.now_s
         commands = self.ledger.issue(
             microbatch, self._blank, sequences=1, evaluate=False, step=0, now_s=now_s
@@ -91,7 +81,6 @@ class Feeder:
                 case ev.Completed():
                     self.throttle.completed()
                     self.tokens += command.tokens
-                    world.completed(command.tokens)
                 case ev.Recovered():
                     self.recovery_s.append(command.recovered_s - command.noticed_s)
                 case ev.Abandoned():

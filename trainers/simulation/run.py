@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from swarm.config import RunConfig
 from swarm.donors import DONORS
-from swarm.model import stage_costs, stage_shapes
+from swarm.model import stage_costs, stage_values
 from trainers.simulation.events import Events
 from trainers.simulation.fleet import Fleet, Machine, Timing
 from trainers.simulation.links import Link
@@ -84,7 +84,6 @@ class Surroundings:
     seed: int = 0
 
 
-OPERATIONS = 6  # per multiply-add of the forward pass: two, and twice that to go back
 START_S = 2.0  # machines of one moment begin within so many seconds
 STATE_BYTES = 12  # of every parameter
 SAMPLES = 400  # of the tokens, over the whole time
@@ -98,8 +97,7 @@ class Simulation:
         self._rng, self.events = random.Random(around.seed), Events()
         self._tokens: list[tuple[float, int]] = []
         self._costs = around.costs or stage_costs(config.model)
-        shapes = (stage_shapes(config.model, stage) for stage in range(config.model.stages))
-        self._values = [sum(shape.numel() for shape in each.values()) for each in shapes]
+        self._values = stage_values(config.model)
         self.world: World | None = None
         if around.trainers:
             self.world = World(

@@ -32,7 +32,7 @@ class StageSteps:
         self._stage, self._world = stage, world
         self._rules = step_rules(world.config)
         self._pass = Pass(world.values[stage])
-        self.version = self.closed = self.abandoned = self.lost = 0
+        self.version = self.lost = 0
         self.holds = False  # nobody computes: updates are not delayed
         self._sums: dict[PeerId, Sum] = {}  # of every peer that serves
         self._tokens = 0.0
@@ -95,12 +95,7 @@ class StageSteps:
         self._waits = False
         now_s = self._world.events.now_s
         reports = {
-            peer: Report(
-                min(self._rules.max_weight, self._weight(held)),
-                b"",
-                (self._pass,),
-                self._world.uplink_of(peer),
-            )
+            peer: Report(self._counted(held), b"", (self._pass,), self._world.uplink)
             for peer, held in self._sums.items()
         }
         if not reports:
@@ -145,7 +140,7 @@ class StageSteps:
                 for member, share in zip(members, reduced, strict=True):
                     moved = size * (1 - share + share * (len(members) - 1))
                     self._world.links.sent[member.peer] += int(moved)
-                    slowest_s = max(slowest_s, moved / self._world.uplink_of(member.peer))
+                    slowest_s = max(slowest_s, moved / self._world.uplink)
             total_s += slowest_s + 2 * self._world.latency_s
         return total_s
 
@@ -155,10 +150,8 @@ class StageSteps:
         weight = sum(self._weight(held) for held in inside.values())
         if weight >= self._rules.target and has_quorum(inside, plan.bringers):
             self.version += 1
-            self.closed += 1
             self._announce(inside)
         else:
-            self.abandoned += 1
             for peer, held in inside.items():
                 self.take_over(peer, held)
         self._world.wake(self._stage)

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import TypeVar
 
 from averaging.codecs import CODECS
 from averaging.network import PeerId
@@ -11,6 +12,7 @@ from swarm import swarm_pb2 as pb
 from swarm.config import RunConfig
 from swarm.messages import Route
 from trainers import events as ev
+from trainers.assembly import SILENT_BEATS
 from trainers.simulation.events import Events
 from trainers.simulation.feeder import Feeder
 from trainers.simulation.fleet import Machine
@@ -19,10 +21,8 @@ from trainers.simulation.server import Server
 from trainers.simulation.steps import StageSteps
 
 FOUND_S = 0.3  # until a trainer watches a peer that has begun to serve
-SILENT_BEATS = 4  # heartbeats that a trainer misses before it gives a peer no more work
-BEAT_S = (
-    1.0  # real heartbeats come more often: half the work of a simulation, and nothing else, would be theirs
-)
+BEAT_S = 1.0  # between heartbeats; real ones come more often, and would be half the work of a simulation
+T = TypeVar("T")
 Answer = Callable[[int], None]
 
 
@@ -48,7 +48,6 @@ class World:
         self.links = Links(events, latency_s, lambda name: None if name in self.trainers else link)
         self.servers: dict[PeerId, Server] = {}
         self.microbatch_tokens = config.training.microbatch_tokens
-        self.tokens = 0  # of completed microbatches
         self._dead: list[tuple[float, int, PeerId]] = []  # (since, stage, who), as long as somebody may wait
         codec = CODECS[config.pipeline.codec]
         self._tensor_bytes = codec.size_bytes(self.microbatch_tokens * config.model.width)
@@ -115,8 +114,15 @@ class World:
         self._dead = [each for each in self._dead if each[0] > found_s]
         return [name for _, where, name in self._dead if where == stage]
 
-    def uplink_of(self, peer: PeerId) -> float:
+    @property
+    def uplink(self) -> float:
+        """Bytes per second, of every peer."""
         return self._link.up_bytes_s
+
+    @property
+    def tokens(self) -> int:
+        """Of completed microbatches."""
+        return sum(trainer.tokens for trainer in self.trainers.values())
 
     def averaging_bytes(self, stage: int) -> int:
         """Of one peer's vector."""
@@ -158,12 +164,7 @@ class World:
         self.links.carry(source, target, size, arrive)
 
     def resend(self, peer: PeerId, route: Route, *, backward: bool, answer: Answer) -> None:
-        def arrive() -> None:
-            server = self.servers.get(peer)
-            if server is not None:
-                self.events.after(self.latency_s, partial(answer, server.resend(route, backward=backward)))
-
-        self.events.after(self.latency_s, arrive)
+        self._reach(peer, lambda server: server.resend(route, backward=backward), answer)
 
     def cancel(
         self,
@@ -171,22 +172,24 @@ class World:
         microbatches: Iterable[tuple[bytes, int]],
         answer: Callable[[tuple[tuple[bytes, int, float], ...]], None],
     ) -> None:
+        self._reach(peer, lambda server: server.cancel(microbatches), answer)
+
+    def release(self, peer: PeerId, microbatches: Iterable[bytes]) -> None:
+        self._reach(peer, lambda server: server.release(microbatches))
+
+    def _reach(
+        self, peer: PeerId, ask: Callable[[Server], T], answer: Callable[[T], None] | None = None
+    ) -> None:
+        """Ask a peer something; the dead do not answer."""
+
         def arrive() -> None:
             server = self.servers.get(peer)
             if server is not None:
-                self.events.after(self.latency_s, partial(answer, server.cancel(microbatches)))
+                answered = ask(server)
+                if answer is not None:
+                    self.events.after(self.latency_s, partial(answer, answered))
 
         self.events.after(self.latency_s, arrive)
-
-    def release(self, peer: PeerId, microbatches: Iterable[bytes]) -> None:
-        def arrive() -> None:
-            if (server := self.servers.get(peer)) is not None:
-                server.release(microbatches)
-
-        self.events.after(self.latency_s, arrive)
-
-    def completed(self, tokens: int) -> None:
-        self.tokens += tokens
 
     def counters(self) -> Counter[str]:
         """Of all trainers."""
