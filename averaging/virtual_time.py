@@ -10,7 +10,7 @@ import asyncio
 import gc
 import itertools
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -26,11 +26,14 @@ class _JumpingSelector(selectors.SelectSelector):
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 0.0
+        self.on_jump: Callable[[], None] = lambda: None
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
             raise DeadlockError("all tasks wait and no timer is set")
-        self.now_s += max(0.0, timeout)
+        if timeout > 0:
+            self.on_jump()
+            self.now_s += timeout
         return []
 
 
@@ -58,6 +61,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._jumping.now_s
+
+    def before_each_jump(self, look: Callable[[], None]) -> None:
+        """Call `look` whenever all that happens at one moment has happened; what it raises ends the loop."""
+        self._jumping.on_jump = look
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

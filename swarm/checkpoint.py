@@ -34,7 +34,9 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used; nothing of it was."""
 
 
-class _File(BaseModel):
+class StateFile(BaseModel):
+    """The state of one stage, as a file."""
+
     model_config = ConfigDict(frozen=True)
     name: str = Field(pattern=r"^[\w.-]+$")
     size_bytes: int = Field(ge=1)
@@ -47,7 +49,7 @@ class _Description(BaseModel):
     format: int
     strict: bool
     model: dict[str, object]
-    stages: tuple[_File, ...]
+    stages: tuple[StateFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class CheckpointWriter:
         """Raises CheckpointError if nothing can be written there."""
         self._parent, self._config, self._step = parent, config, step
         self._folder = parent / (_name(step) + PARTIAL)
-        self._files: dict[int, _File] = {}
+        self._files: dict[int, StateFile] = {}
         try:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
@@ -81,10 +83,10 @@ class CheckpointWriter:
     def add(self, stage: int, data: bytes | bytearray, version: int) -> None:
         """The state of one stage. Raises CheckpointError, also if it is none."""
         name = f"stage-{stage}.safetensors"
-        self._write(name, data)
+        write_durably(self._folder / name, data)
         _check_contents(self._folder / name, self._config, stage)
         digest = hashlib.sha256(data).hexdigest()
-        self._files[stage] = _File(name=name, size_bytes=len(data), sha256=digest, version=version)
+        self._files[stage] = StateFile(name=name, size_bytes=len(data), sha256=digest, version=version)
 
     def finish(self) -> Checkpoint:
         """Move it to its place. Raises CheckpointError."""
@@ -94,7 +96,7 @@ class CheckpointWriter:
             model=self._config.model.model_dump(mode="json"),
             stages=tuple(self._files[stage] for stage in range(self._config.model.stages)),
         )
-        self._write(DESCRIPTION, description.model_dump_json(indent=1).encode())
+        write_durably(self._folder / DESCRIPTION, description.model_dump_json(indent=1).encode())
         place = self._parent / _name(self._step)
         try:
             shutil.rmtree(place, ignore_errors=True)  # of the same step: from before a resume
@@ -109,15 +111,16 @@ class CheckpointWriter:
         """It will not be whole."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _write(self, name: str, data: bytes | bytearray) -> None:
-        path = self._folder / name
-        try:
-            with path.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
+
+def write_durably(path: Path, data: bytes | bytearray) -> None:
+    """Every byte of it is on disk. Raises CheckpointError."""
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def checkpoints_in(parent: Path) -> list[Path]:
@@ -148,8 +151,7 @@ def read_checkpoint(folder: Path, config: RunConfig) -> Checkpoint:
     if len(description.stages) != config.model.stages:
         raise CheckpointError(f"{path}: stages: {len(description.stages)} of {config.model.stages} are there")
     for stage, file in enumerate(description.stages):
-        _check_file(folder / file.name, file)
-        _check_contents(folder / file.name, config, stage)
+        check_state_file(folder / file.name, file, config, stage)
     return _checkpoint(folder, description)
 
 
@@ -180,7 +182,13 @@ def _described(path: Path) -> _Description:
     return description
 
 
-def _check_file(path: Path, file: _File) -> None:
+def check_state_file(path: Path, file: StateFile, config: RunConfig, stage: int) -> None:
+    """Is it what `file` says, and a state of that stage? Raises CheckpointError."""
+    _check_bytes(path, file)
+    _check_contents(path, config, stage)
+
+
+def _check_bytes(path: Path, file: StateFile) -> None:
     digest = hashlib.sha256()
     try:
         size_bytes = path.stat().st_size

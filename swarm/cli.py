@@ -4,6 +4,7 @@ A user's mistake ends with one line on stderr and exit code 2.
 """
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,14 @@ def peer(
     port: Port = 0,
     identity: Annotated[Path | None, typer.Option(help="Keep this peer's identity in a file.")] = None,
     threads: Annotated[int, typer.Option(help="Compute threads; 0 for torch's default.", min=0)] = 0,
+    device_share: Annotated[
+        float,
+        typer.Option(
+            help="Compute for this part of the time only, to keep the machine cool or usable.",
+            min=0.01,
+            max=1.0,
+        ),
+    ] = 1.0,
     bandwidth: Annotated[
         float,
         typer.Option(help="Mbit/s of the uplink, until it has been measured; 0: unknown.", min=0, max=1e6),
@@ -116,6 +125,13 @@ def peer(
     aggregate_only: Annotated[
         bool, typer.Option("--aggregate-only", help="No model, no device: only average for the others.")
     ] = False,
+    state_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the state here, for a restart. Default: ~/.cache/swarm, or $XDG_CACHE_HOME/swarm."
+        ),
+    ] = None,
+    no_state: Annotated[bool, typer.Option("--no-state", help="Keep no state on disk.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Serve one stage of a run until Ctrl-C."""
@@ -129,11 +145,27 @@ def peer(
         set_up_logging(name or "peer", verbose=verbose)
         number = None if stage == "auto" else int(stage)
         options = PeerOptions(
-            tuple(join), number, device, name, listen, port, identity, threads, bandwidth, aggregate_only
+            join=tuple(join),
+            stage=number,
+            device=device,
+            name=name,
+            listen=listen,
+            port=port,
+            identity=identity,
+            threads=threads,
+            device_share=device_share,
+            bandwidth=bandwidth,
+            aggregate_only=aggregate_only,
+            state_folder=None if no_state else state_folder or _cache(),
         )
         return run_until_signal(serve(options))
 
     exit_with(start)
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "swarm"
 
 
 def exit_with(start: Callable[[], int]) -> None:

@@ -42,7 +42,7 @@ class Compute(Protocol):
 
     @property
     def busy_s(self) -> float:
-        """Seconds for which it has computed hops."""
+        """Seconds for which it has computed hops, or rested from them."""
         ...
 
     def close(self) -> None: ...
@@ -64,9 +64,11 @@ class _Queue:
     def push(self, priority: Priority, future: "concurrent.futures.Future[T]", work: Callable[[], T]) -> None:
         heapq.heappush(self._heap, (priority, next(self._order), future, work))
 
-    def pop(self) -> tuple[Priority, "concurrent.futures.Future[Any]", Callable[[], Any]] | None:
+    def pop(
+        self, *, resting: bool = False
+    ) -> tuple[Priority, "concurrent.futures.Future[Any]", Callable[[], Any]] | None:
         """The next job that may run now and was not cancelled; it counts as started."""
-        while self._heap and not (self.held and self._heap[0][0] > Priority.STEP):
+        while self._heap and not ((self.held or resting) and self._heap[0][0] > Priority.STEP):
             priority, _, future, work = heapq.heappop(self._heap)
             if future.set_running_or_notify_cancel():
                 return Priority(priority), future, work
@@ -92,8 +94,12 @@ def spread_over(cores: int) -> None:
 class ComputeThread:
     """Jobs run one after the other in a thread of their own, which torch spreads over `threads` cores."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, device_share: float = 1.0) -> None:
+        """`device_share`: the part of the time for which it may compute. It rests after every job; a step,
+        for which others wait, is done at once and rested for afterwards."""
         self._threads = threads
+        self._rest_per_s = 1 / device_share - 1
+        self._rested_s = 0.0  # when it may go on
         self.busy_s = 0.0
         self._queue, self._changed, self._closed = _Queue(), threading.Condition(), False
         Worker(self._loop, name="compute", stop=self.close)
@@ -124,15 +130,23 @@ class ComputeThread:
         spread_over(self._threads)
         while True:
             with self._changed:
-                while (job := self._queue.pop()) is None and not self._closed:
-                    self._changed.wait()
+                while (job := self._queue.pop(resting=self._rest_s > 0)) is None and not self._closed:
+                    self._changed.wait(self._rest_s or None)
                 if job is None or self._closed:
                     return
             began_s, priority = time.perf_counter(), job[0]
             _run(*job[1:])
             job = None  # its results must not live until the next one comes
+            ended_s = time.perf_counter()
+            rest_s = (ended_s - began_s) * self._rest_per_s
+            self._rested_s = max(self._rested_s, ended_s) + rest_s
             if priority is not Priority.STEP:
-                self.busy_s += time.perf_counter() - began_s
+                self.busy_s += ended_s - began_s + rest_s
+
+    @property
+    def _rest_s(self) -> float:
+        """How long no hop may start yet."""
+        return max(0.0, self._rested_s - time.perf_counter())
 
 
 class VirtualCompute:

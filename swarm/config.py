@@ -202,6 +202,7 @@ class LocalConfig(_Section):
     peers_per_stage: int | tuple[int, ...] = Field(2, description="one number, or one per stage")
     trainers: int = Field(1, ge=0, description="trainer processes")
     threads: Positive = Field(1, description="compute threads per peer")
+    device_share: float = Field(1.0, ge=0.01, le=1, description="part of the time for which a peer computes")
 
     def peers(self, stages: int) -> tuple[int, ...]:
         counts = self.peers_per_stage

@@ -70,7 +70,8 @@ class LocalRun:
         verbose: bool = False,
     ) -> None:
         """`listen`: where the children can be dialled; volunteers elsewhere must reach them, too."""
-        self._config, self._join, self._folder = config, join, folder
+        self._config, self._folder = config, folder
+        self.join = [join]  # what children are told; one of these addresses must live when they start
         self._listen, self._verbose = listen, verbose
         self._rng = random.Random(seed)
         self._numbers = {"peer": 0, "trainer": 0}
@@ -99,6 +100,8 @@ class LocalRun:
         local = self._config.local or LocalConfig()
         chosen = "auto" if stage is None else str(stage)
         arguments = ["swarm.cli", "--stage", chosen, "--threads", str(local.threads)]
+        arguments += ["--device-share", str(local.device_share)]
+        arguments += ["--state-folder", str(self._folder / "states")]
         arguments += ["--name", f"peer-{self._numbers['peer']}", *(["--verbose"] if self._verbose else [])]
         return await self._start("peer", stage, arguments)
 
@@ -107,7 +110,8 @@ class LocalRun:
         self._numbers[kind] += 1
         log = self._folder / "logs" / f"{name}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "-m", *arguments, "--join", self._join, "--listen", self._listen]
+        joining = [part for address in self.join for part in ("--join", address)]
+        command = [sys.executable, "-m", *arguments, *joining, "--listen", self._listen]
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 *command,

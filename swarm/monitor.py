@@ -40,6 +40,7 @@ class Monitor:
         self._began = time.time()
         self._rate_at, self._rate_tokens, self._rate = time.time(), 0, 0.0
         self._first_tokens_at: float | None = None
+        self._tokens_at_first: dict[PeerId, int] = {}  # of trainers: they may be older than this process
         self._last_tokens_at = self._began
         self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self._wandb: Any = None
@@ -75,6 +76,7 @@ class Monitor:
         if values["kind"] == "trainer" and values.get("tokens"):
             now = time.time()
             self._first_tokens_at = self._first_tokens_at or now
+            self._tokens_at_first.setdefault(sender, int(values["tokens"]))
             self._last_tokens_at = now
 
     def _compare(self, values: dict[str, Any]) -> None:
@@ -224,13 +226,14 @@ class Monitor:
         trainers, peers, evaluations = self._counters("trainer"), self._counters("peer"), self.evaluations()
         recoveries = self.recoveries(kills)
         seconds = self._last_tokens_at - (self._first_tokens_at or self._last_tokens_at)
+        tokens = self.tokens() - sum(self._tokens_at_first.values())
         return {
             "name": self.config.name,
             "steps": self.step(),
             "tokens": self.tokens(),
             "initial_loss": evaluations[0]["loss"] if evaluations else None,
             "final_loss": evaluations[-1]["loss"] if evaluations else None,
-            "tokens_per_s": round(self.tokens() / seconds, 1) if seconds > 0 else None,
+            "tokens_per_s": round(tokens / seconds, 1) if seconds > 0 else None,
             "kills": len(kills),
             "microbatches": {
                 "issued": trainers["issued"],

@@ -59,7 +59,7 @@ class RunOptions:
 async def organize(config: RunConfig, options: RunOptions) -> int:
     """Carry out one run. Raises UserError; returns the process's exit code."""
     console = Console()
-    newest = _newest_checkpoint(options.folder, config) if options.resume else None
+    newest = await _newest_checkpoint(options.folder, config) if options.resume else None
     with claimed(options.folder, keep=KEPT if options.resume else ()):
         return await _organize(config, options, console, newest)
 
@@ -196,11 +196,16 @@ async def _archive_the_end(archive: Archive, console: Console) -> None:
         console.print(f"checkpoint of step {archive.newest.step}: {archive.newest.folder}", soft_wrap=True)
 
 
-def _newest_checkpoint(folder: Path, config: RunConfig) -> Checkpoint:
-    """Raises UserError."""
+async def _newest_checkpoint(folder: Path, config: RunConfig) -> Checkpoint | None:
+    """None if there is none yet, but peers of the run live. Raises UserError."""
     found = checkpoints_in(folder / CHECKPOINTS)
     if not found:
-        raise UserError(f"{folder / CHECKPOINTS}: no checkpoint to go on from; start without --resume")
+        if await reachable(read_addresses(folder / PEERS)):
+            return None
+        raise UserError(
+            f"{folder / CHECKPOINTS}: no checkpoint to go on from, and no peer of the run can be reached; "
+            "start without --resume"
+        )
     try:
         return read_checkpoint(found[-1], config)
     except CheckpointError as error:

@@ -36,6 +36,7 @@ from swarm.donor import Donor
 from swarm.donors import Loading, NoDonorError
 from swarm.handover import Heir, hand_over
 from swarm.holdings import StageHoldings
+from swarm.last_state import LastState
 from swarm.membership import Membership
 from swarm.messages import Handover
 from swarm.model import build_stage, stage_costs
@@ -68,6 +69,7 @@ class Peer:
         name: str = "",
         fixed: bool = False,
         archivist: PeerId | None = None,
+        last_state: LastState | None = None,
         addresses: tuple[str, ...] = (),
         uplink: UplinkMeter | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -75,12 +77,13 @@ class Peer:
         on_step: Callable[[AppliedStep], None] = lambda done: None,
         on_loading: Callable[[Loading], None] = lambda loading: None,
     ) -> None:
-        """`fixed`: it stays in its stage, whatever happens; `archivist`: whose archive to believe."""
+        """`fixed`: it stays in its stage, whatever happens; `archivist`: whose archive to believe;
+        `last_state`: where it keeps its state for a restart."""
         self._everybody, self._network = network, at_stage(network, stage)
         self._compute, self.config = compute, config
         self._run, self._stage_number, self._device, self._name = run, stage, device, name
         self._clock, self._on_step, self._on_loading = clock, on_step, on_loading
-        self._uplink = uplink or UplinkMeter()
+        self._uplink, self._last_state = uplink or UplinkMeter(), last_state
         self._rng = rng or random.SystemRandom()
         addresses = addresses[:MAX_ADDRESSES]
         peer = network.peer_id
@@ -121,6 +124,8 @@ class Peer:
         Raises NoDonorError after so many `tries`; without a number it goes on trying.
         """
         self.stage: Stage = await between_hops(self._compute, self._build)
+        if self._last_state is not None:
+            await self._last_state.restore(self.stage, self._compute)
         self.server = HopServer(
             network=self._everybody,
             stage=self.stage,
@@ -387,4 +392,6 @@ class Peer:
 
     def _stepped(self, done: AppliedStep) -> None:
         self._loader.release()  # whoever takes steps with the others has what it needs
+        if self._last_state is not None:
+            self._last_state.stepped(self.stage, self._compute)
         self._on_step(done)

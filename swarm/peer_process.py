@@ -19,6 +19,7 @@ from swarm.compute import ComputeThread, spread_over
 from swarm.config import RunConfig
 from swarm.directory import Directory, all_rosters
 from swarm.errors import UserError
+from swarm.last_state import LastState, place_in
 from swarm.loading import shown_loading
 from swarm.manifest import Manifest
 from swarm.metrics import MetricsSender
@@ -39,8 +40,10 @@ class PeerOptions:
     port: int = 0
     identity: Path | None = None
     threads: int = 0
+    device_share: float = 1.0  # part of the time for which the device may compute
     bandwidth: float = 0.0  # Mbit/s of the uplink, until it has been measured; 0 if unknown
     aggregate_only: bool = False
+    state_folder: Path | None = None  # where its state is kept for a restart
 
 
 async def serve(options: PeerOptions) -> int:
@@ -58,7 +61,7 @@ async def serve(options: PeerOptions) -> int:
             raise UserError(
                 f"--stage {options.stage} is out of range: the run has stages 0 to {config.model.stages - 1}"
             )
-        place: _Place = {
+        about: _Place = {
             "network": here.network,
             "directory": here.directory,
             "config": config,
@@ -70,22 +73,28 @@ async def serve(options: PeerOptions) -> int:
         work = "averaging for others" if options.aggregate_only else f"serving on {device}"
         log.info("run %s (%s), %s", config.name, manifest.run, work)
         peer: Volunteer | Auxiliary
+        last_state: LastState | None = None
         with contextlib.ExitStack() as compute_open, contextlib.ExitStack() as bar:
             if options.aggregate_only:
                 stage = await _assisted_stage(options.stage, here.directory, config)
-                peer = Auxiliary(**place, stage=stage)
+                peer = Auxiliary(**about, stage=stage)
             else:
-                show, compute = bar.enter_context(shown_loading()), ComputeThread(threads)
+                show = bar.enter_context(shown_loading())
+                compute = ComputeThread(threads, device_share=options.device_share)
                 compute_open.callback(compute.close)
+                if options.state_folder is not None:
+                    place = compute_open.enter_context(place_in(options.state_folder, manifest.run))
+                    last_state = None if place is None else LastState(place, config)
 
                 def make_peer(stage: int) -> Peer:
                     return Peer(
-                        **place,
+                        **about,
                         stage=stage,
                         fixed=options.stage is not None,
                         compute=compute,
                         device=device,
                         archivist=manifest.organizer,
+                        last_state=last_state,
                         on_loading=show,
                     )
 
@@ -97,6 +106,8 @@ async def serve(options: PeerOptions) -> int:
                     stage=options.stage,
                 )
             await _take_part(peer, here, manifest, on_joined=bar.close)
+            if last_state is not None:
+                await last_state.close()
     return 0
 
 

@@ -21,6 +21,7 @@ from swarm.checkpoint import Checkpoint
 from swarm.compute import Compute, Priority, VirtualCompute
 from swarm.config import RunConfig, parse_run
 from swarm.directory import MemoryDirectory
+from swarm.last_state import LastState
 from swarm.messages import pack_tokens
 from swarm.peer import Peer
 from swarm.stage import Accumulator
@@ -104,6 +105,7 @@ class Sim:
         self.errors: list[str] = []
         self.has_volunteers = False
         self.on_log = lambda what: None
+        self.on_stepped = lambda node: None
         self.on_freeze = lambda peer: None  # it is about to average
         asyncio.get_running_loop().set_exception_handler(self._on_error)
 
@@ -112,10 +114,11 @@ class Sim:
             return  # of a killed peer
         self.errors.append(f"{context.get('message')}: {context.get('exception')!r}")
 
-    async def start_peer(self, stage: int) -> PeerId:
+    async def start_peer(self, stage: int, last_state: LastState | None = None) -> PeerId:
         peer_id = f"peer{next(self.names):02d}-of-stage{stage}"
         compute = self._compute_of(peer_id)
-        peer = self._make_peer(self.hub.network(peer_id), compute, stage, fixed=True)
+        network = self.hub.network(peer_id)
+        peer = self._make_peer(network, compute, stage, fixed=True, last_state=last_state)
 
         async def live() -> None:
             await peer.join()
@@ -161,7 +164,15 @@ class Sim:
 
         return VirtualCompute(seconds, stopped=lambda: peer_id in self.hub.hung)
 
-    def _make_peer(self, network: Network, compute: Compute, stage: int, *, fixed: bool) -> Peer:
+    def _make_peer(
+        self,
+        network: Network,
+        compute: Compute,
+        stage: int,
+        *,
+        fixed: bool,
+        last_state: LastState | None = None,
+    ) -> Peer:
         peer_id = network.peer_id
         contributed = self.contributed.setdefault((peer_id, stage), {})
         peer = Peer(
@@ -172,6 +183,7 @@ class Sim:
             run="run",
             stage=stage,
             fixed=fixed,
+            last_state=last_state,
             clock=self.clock,
             rng=random.Random(peer_id),
             on_step=lambda done: self._stepped(peer_id, stage, done),
@@ -224,6 +236,7 @@ class Sim:
         for member in done.members:
             for microbatch in self.contributed.get((member, stage), {}).get(done.version - 1, ()):
                 contents.add((microbatch, member))
+        self.on_stepped(node)
 
     def lineage(self, stage: int) -> list[tuple[bytes, PeerId]]:
         """(microbatch, peer) of every gradient in the state that the living peers of a stage hold.

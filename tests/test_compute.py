@@ -1,6 +1,7 @@
 """The compute thread: whose cores it takes, and in which order its jobs run."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -37,3 +38,30 @@ def test_jobs_run_by_priority_and_hops_wait_while_a_step_closes(compute):
     compute.hold(False)
     jobs[Priority.EVALUATE].result(10)
     assert order == sorted(Priority)
+
+
+def test_a_device_that_is_shared_rests_after_its_hops_but_takes_steps_at_once():
+    compute = ComputeThread(1, device_share=0.1)
+    try:
+        began_s = time.monotonic()
+        hops = [compute.submit(Priority.FORWARD, lambda: time.sleep(0.02)) for _ in range(4)]
+        hops[0].result(10)
+        step = compute.submit(Priority.STEP, time.monotonic)
+        hops[-1].result(10)
+        took_s = time.monotonic() - began_s
+        assert took_s >= 3 * 0.2, "the fourth begins when three have been rested for"
+        assert step.result(0) - began_s < 0.2, "a step waits for no rest"
+        compute.submit(Priority.STEP, lambda: None).result(10)  # the fourth has been counted
+        assert compute.busy_s >= 4 * 0.2, "who announces its speed tells what others can have of it"
+    finally:
+        compute.close()
+
+
+def test_a_rest_does_not_keep_a_compute_thread_from_ending():
+    compute = ComputeThread(1, device_share=0.01)
+    compute.submit(Priority.FORWARD, lambda: time.sleep(0.05)).result(10)  # it rests for five seconds
+    began_s = time.monotonic()
+    compute.close()
+    while any(thread.name == "compute" for thread in threading.enumerate()):
+        assert time.monotonic() - began_s < 2
+        time.sleep(0.01)

@@ -42,3 +42,14 @@ def test_the_prediction_is_what_the_weakest_stage_computes(tmp_path):
     push("new", 1, 0.0)
     usual = sorted([10 * costs[0], 6 * costs[1], 9 * costs[2]])[1]
     assert monitor.predicted_tokens_s() == pytest.approx(min(9, 10, 6 + usual / costs[1]))
+
+
+def test_a_restarted_organizer_counts_the_speed_from_what_trainers_had_done(tmp_path, monkeypatch):
+    now_s = [1000.0]
+    monkeypatch.setattr("swarm.monitor.time.time", lambda: now_s[0])
+    monitor = Monitor(tiny_run(), tmp_path)
+    values = {"kind": "trainer", "step": 50, "evaluations": [], "recoveries": [], "finished": False}
+    for tokens in (50_000, 51_000, 52_000):
+        monitor.take("trainer", {**values, "counters": {}, "tokens": tokens})
+        now_s[0] += 10
+    assert monitor.summary([])["tokens_per_s"] == 100

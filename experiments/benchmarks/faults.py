@@ -1,0 +1,255 @@
+"""Minutes of the quickstart with a fault every few seconds, against as many minutes left alone.
+
+    python -m experiments.benchmarks.faults [--minutes 10] [--every 10] [--seed 0] [--json]
+
+Real processes: organizer, trainer, two peers per stage, whose devices compute for a part of the time only,
+so that one machine's cores are not what they share. Dealt by the seed: SIGKILL and SIGTERM of a peer, which
+is replaced at once, SIGSTOP of a peer for 20 s, SIGKILL of the organizer, which is started again 5 s later.
+No fault takes the last peer that serves a stage. Reported: tokens/s, also against what the peers that served
+could do, as the undisturbed run shows it; the loss at equal tokens; microbatches lost.
+"""
+
+import argparse
+import asyncio
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from json import loads
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.chaos import loss_at
+from experiments.benchmarks.quickstart import RUN_FILE
+from experiments.benchmarks.report import report
+from swarm.config import RunConfig, load_run
+from swarm.launch import Child, LocalRun, last_line
+
+FAULTS = {"kill": 3, "terminate": 3, "stop": 3, "organizer": 1}  # how often, relative to each other
+STOPPED_S, ORGANIZER_AWAY_S = 20.0, 5.0
+LOOK_S = 0.25
+CALM_S = 45.0  # at the end: stopped peers are back by then
+START_S, END_S = 120.0, 180.0
+BEGUN = "held-out loss"  # what a trainer says once it trains
+
+
+@dataclass
+class Minutes:
+    """One run of so many minutes, with faults or without."""
+
+    config: RunConfig
+    overrides: list[str]
+    folder: Path
+    options: argparse.Namespace
+    dealt: Counter[str] = field(default_factory=Counter)
+    away: set[str] = field(default_factory=set)  # peers that run but do not serve: stopped, or leaving
+    organizer_away: bool = False
+    shares: list[float] = field(default_factory=list)  # of the peers of the weakest stage, over time
+
+    async def carry_out(self, *, faults: bool) -> dict[str, Any]:
+        """Returns what the organizer's summary holds."""
+        self.port = _free_port()
+        await self._start_organizer()
+        address = await self._told("the organizer's address", self._run_folder / "address")
+        self.local = LocalRun(self.config, address, self.folder / "local", seed=self.options.seed)
+        ending: list[asyncio.Task[None]] = []
+        try:
+            await self.local.start(minutes=self.options.minutes)
+            trainer = next(child for child in self.local.children if child.kind == "trainer")
+            await self._until(lambda: BEGUN in trainer.log.read_text(), START_S, "the run trains")
+            ending.append(asyncio.create_task(self._watch()))
+            if faults:
+                ending.append(asyncio.create_task(self._deal()))
+            left_s = 60 * self.options.minutes + END_S
+            await self._until(lambda: not trainer.running, left_s, "the trainer ends")
+            if trainer.process.returncode:
+                raise SystemExit(f"the trainer failed: {last_line(trainer.log)}")
+            self.organizer.send_signal(signal.SIGINT)
+            await asyncio.wait_for(self.organizer.wait(), END_S)
+            summary: dict[str, Any] = loads((self._run_folder / "summary.json").read_text())
+            return summary
+        finally:
+            for task in ending:
+                task.cancel()
+            await self.local.stop()
+            if self.organizer.returncode is None:
+                self.organizer.terminate()
+                await asyncio.wait_for(self.organizer.wait(), END_S)
+
+    # the organizer
+
+    @property
+    def _run_folder(self) -> Path:
+        return self.folder / self.config.name
+
+    async def _start_organizer(self, *more: str) -> None:
+        sets = [part for override in [*self.overrides, "local=null"] for part in ("--set", override)]
+        command = ["-m", "trainers.cli", "run", str(RUN_FILE), "--folder", str(self.folder)]
+        with (self.folder / f"organizer-{self.dealt['organizer']}.log").open("wb") as output:
+            self.organizer = await asyncio.create_subprocess_exec(
+                *(sys.executable, *command, "--port", str(self.port), *sets, *more),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    async def _told(self, what: str, path: Path) -> str:
+        await self._until(path.exists, START_S, what)
+        return (await asyncio.to_thread(path.read_text)).strip()
+
+    # faults
+
+    async def _deal(self) -> None:
+        rng = random.Random(self.options.seed)
+        kinds, weights = list(FAULTS), list(FAULTS.values())
+        end_s = time.monotonic() + 60 * self.options.minutes - CALM_S
+        next_s = time.monotonic()
+        async with asyncio.TaskGroup() as tasks:
+            while (next_s := next_s + self.options.every) < end_s:
+                await asyncio.sleep(max(0.0, next_s - time.monotonic()))
+                kind = rng.choices(kinds, weights)[0]
+                if kind == "organizer":
+                    if self.organizer.returncode is None:
+                        self.dealt[kind] += 1
+                        tasks.create_task(self._kill_organizer())
+                    continue
+                while not (able := self._able()):  # noqa: ASYNC110 - processes and their logs are polled
+                    await asyncio.sleep(LOOK_S)
+                self.dealt[kind] += 1
+                tasks.create_task(self._strike(kind, rng.choice(able)))
+
+    def _able(self) -> list[Child]:
+        serving = self._serving()
+        pools = Counter(child.stage for child in serving)
+        return [child for child in serving if pools[child.stage] > 1]
+
+    async def _strike(self, kind: str, victim: Child) -> None:
+        print(f"{kind} {victim.name} of stage {victim.stage}", file=sys.stderr)
+        self.away.add(victim.name)
+        if kind == "stop":
+            victim.process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(STOPPED_S)
+            victim.process.send_signal(signal.SIGCONT)
+            self.away.discard(victim.name)
+            return
+        victim.process.send_signal(signal.SIGKILL if kind == "kill" else signal.SIGTERM)
+        await self._start_peer(victim.stage)
+
+    async def _start_peer(self, stage: int | None) -> None:
+        """It joins through whoever lives, as a volunteer would who knows two addresses."""
+        peers = self._run_folder / "peers"
+        if peers.exists():
+            self.local.join = [self.local.join[0], *peers.read_text().split()[:2]]
+        await self.local.start_peer(stage)
+
+    async def _kill_organizer(self) -> None:
+        print("kill the organizer", file=sys.stderr)
+        self.organizer_away = True
+        self.organizer.kill()
+        await self.organizer.wait()
+        await asyncio.sleep(ORGANIZER_AWAY_S)
+        await self._start_organizer("--resume")
+        self.organizer_away = False
+
+    # watching
+
+    def _serving(self) -> list[Child]:
+        peers = [child for child in self.local.children if child.kind == "peer" and child.running]
+        return [c for c in peers if c.name not in self.away and "serving stage" in c.log.read_text()]
+
+    async def _watch(self) -> None:
+        assert self.config.local is not None
+        wanted = self.config.local.peers(self.config.model.stages)
+        while True:
+            pools = Counter(child.stage for child in self._serving())
+            self.shares.append(min(pools[stage] / count for stage, count in enumerate(wanted)))
+            await asyncio.sleep(LOOK_S)
+
+    async def _until(self, condition: Callable[[], object], limit_s: float, what: str) -> None:
+        end_s = time.monotonic() + limit_s
+        while not condition():
+            ended = self.organizer.returncode is not None and not self.organizer_away
+            if time.monotonic() > end_s or ended:
+                logs = sorted(self.folder.glob("organizer-*.log"))
+                raise SystemExit(f"{what}: not within {limit_s:.0f} s; organizer: {last_line(logs[-1])}")
+            await asyncio.sleep(LOOK_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def tokens_per_s(evaluations: list[dict[str, float]]) -> float:
+    """From the first evaluation, of the initial weights, to the last."""
+    first, last = evaluations[0], evaluations[-1]
+    return (last["tokens"] - first["tokens"]) / (last["time_s"] - first["time_s"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between faults")
+    parser.add_argument("--device-share", type=float, default=0.15)
+    parser.add_argument("--steps", type=int, default=200, help="of the learning rate's schedule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", nargs="+", default=["calm", "faults"], choices=["calm", "faults"])
+    parser.add_argument("--folder", type=Path, default=None, help="keep all files there")
+    parser.add_argument("--set", dest="sets", action="append", default=[], help="as of swarm run")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    overrides = [
+        f"training.steps={options.steps}",
+        f"training.seed={options.seed}",
+        "pipeline.in_flight=8",
+        "archive.every_steps=40",
+        "monitor.wandb=disabled",
+        *options.sets,
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        runs = {}
+        for name in options.runs:
+            (folder / name).mkdir(parents=True)
+            config = load_run(RUN_FILE, [*overrides, f"local.device_share={options.device_share}"])
+            runs[name] = Minutes(config, overrides, folder / name, options)
+        summaries = {name: asyncio.run(run.carry_out(faults=name == "faults")) for name, run in runs.items()}
+    rows = [_row(name, runs[name], summaries[name], summaries) for name in runs]
+    calm, faults = rows[0], rows[-1]
+    could = calm["tokens/s"] * faults["peers of the weakest"]
+    ratios = {
+        "tokens_per_s": faults["tokens/s"] / calm["tokens/s"],
+        "of_what_living_peers_could": faults["tokens/s"] / could,
+        "loss": faults["loss at equal tokens"] / calm["loss at equal tokens"],
+    }
+    report("faults", rows, ratios, options.json)
+
+
+def _row(name: str, run: Minutes, summary: dict[str, Any], all_: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    evaluations = summary["evaluations"]
+    tokens = min(each["evaluations"][-1]["tokens"] for each in all_.values())
+    microbatches = summary["microbatches"]
+    return {
+        "run": name,
+        "tokens/s": tokens_per_s(evaluations),
+        "peers of the weakest": sum(run.shares) / len(run.shares),
+        "loss at equal tokens": loss_at(evaluations, tokens),
+        "tokens": tokens,
+        "steps": summary["steps"],
+        "rerouted": microbatches["rerouted_hops"],
+        "lost": microbatches["lost"],
+        "drifted": summary["drifted_states"],
+        **{kind: run.dealt[kind] for kind in FAULTS},
+    }
+
+
+if __name__ == "__main__":
+    main()
