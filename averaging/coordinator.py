@@ -162,6 +162,8 @@ class Coordinator:
                     if report is not None:
                         heard_s = time_s()
                         self._take(ballot, peer, report)
+                    elif ballot.plan is None:
+                        self._mute(ballot, peer)
                     elif ballot.closed_s is not None and (
                         time_s() - max(heard_s, ballot.closed_s) >= self._rules.silence_s
                     ):
@@ -179,8 +181,15 @@ class Coordinator:
                 if not ballot.ended:
                     await self._look_for(ballot)  # is it dead, or only its stream?
 
+    def _mute(self, ballot: Ballot, peer: PeerId) -> None:
+        """A reporter is silent: all would wait for it in vain, were it in the plan. Its next report counts."""
+        if ballot.reports.pop(peer, None) is not None:
+            log.info("step %d: %s reports no more", ballot.step, peer[-8:])
+            self._suspect(LinkError(peer, f"silent for {self._rules.silence_s:.1f} s"))
+            self.consider(ballot)
+
     async def _receive(self, stream: Stream) -> pb.FromMember | None:
-        """The next message; None after a deadline without one: reports come only when there is news."""
+        """The next message; None after a deadline without one."""
         try:
             async with asyncio.timeout(self._rules.silence_s):
                 frame = await stream.receive()

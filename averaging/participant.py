@@ -37,7 +37,7 @@ from averaging.errors import (
     RoundAbandonedError,
 )
 from averaging.moshpit import Averaged, Contribution, Rounds
-from averaging.network import LOOKS, Network, PeerId, Stream, kept_alive
+from averaging.network import BEATS, LOOKS, Network, PeerId, Stream, kept_alive
 from averaging.plan import Pass, Plan, Report, StepRules, check_plan, coordinator_order, has_quorum
 from averaging.round import Done
 from averaging.shares import Mode
@@ -330,6 +330,7 @@ class Participant:
         return Report(contributor.weight, contributor.state_hash, contributor.passes, bandwidth, self._mode)
 
     async def _keep_reporting(self, stream: Stream, step: int, contributor: Contributor) -> None:
+        """Whenever there is news; and now and then in any case, or this member would be thought silent."""
         while True:
             contributor.changed.clear()
             report = report_message(step, self._report(contributor))
@@ -337,7 +338,9 @@ class Participant:
                 await stream.send(pb.FromMember(report=report).SerializeToString())
             except LinkError:
                 return  # the receiving side notices, too
-            await contributor.changed.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._rules.silence_s / BEATS):
+                    await contributor.changed.wait()
 
     async def _carry_out(self, plan: Plan, stream: Stream, contributor: Contributor) -> Mean:
         """Freeze, average, and hear the verdict. Raises RoundAbandonedError if it came to nothing."""

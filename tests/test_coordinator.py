@@ -92,3 +92,40 @@ def test_nothing_is_committed_of_which_nobody_knows_what_is_in_it(weight, said):
         assert list(verdict.ids) == [name.encode() * 16 for name in NAMES] * said
 
     virtual_time.run(main())
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_who_has_fallen_silent_is_in_no_plan_until_it_reports_again(back):
+    """A stopped process has reported, and its stream is open: with it in the plan all would wait for it."""
+
+    async def main():
+        hub = MemoryHub()
+        networks = {name: hub.network(name) for name in NAMES}
+        rules = StepRules(target=8.0, max_weight=32.0)
+        coordinator = coordinator_of(networks["a"], rules)
+        await coordinator.start()
+        streams = {name: await networks[name].open("a", STEP_SERVICE) for name in NAMES}
+
+        async def report(name, weight):
+            message = report_message(0, Report(weight, STATE, (Pass(100, 0),)))
+            await streams[name].send(pb.FromMember(report=message).SerializeToString())
+
+        async def plan_of(name):
+            while True:
+                message = pb.FromCoordinator.FromString((await streams[name].receive()).header)
+                if message.WhichOneof("content") == "plan":
+                    return sorted(member.peer for member in message.plan.members)
+
+        await report("c", 3.0)
+        for _ in range(8):  # twice the time that counts as silence
+            for name in ("a", "b"):
+                await report(name, 1.0)
+            await asyncio.sleep(rules.silence_s / 4)
+        if back:
+            await report("c", 3.0)
+            await asyncio.sleep(0.1)
+        for name in ("a", "b"):
+            await report(name, 4.0)
+        assert await plan_of("b") == (["a", "b", "c"] if back else ["a", "b"])
+
+    virtual_time.run(main())
