@@ -182,7 +182,7 @@ class Coordinator:
                     await self._look_for(ballot)  # is it dead, or only its stream?
 
     def _mute(self, ballot: Ballot, peer: PeerId) -> None:
-        """A reporter is silent: all would wait for it in vain, were it in the plan. Its next report counts."""
+        """A reporter is silent: in the plan all would wait for it in vain. Its next report counts."""
         if ballot.reports.pop(peer, None) is not None:
             log.info("step %d: %s reports no more", ballot.step, peer[-8:])
             self._suspect(LinkError(peer, f"silent for {self._rules.silence_s:.1f} s"))

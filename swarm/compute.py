@@ -94,10 +94,10 @@ def spread_over(cores: int) -> None:
 class ComputeThread:
     """Jobs run one after the other in a thread of their own, which torch spreads over `threads` cores."""
 
-    def __init__(self, threads: int, *, device_share: float = 1.0) -> None:
+    def __init__(self, threads: int, *, device_share: float = 1.0, elsewhere: bool = False) -> None:
         """`device_share`: the part of the time for which it may compute. It rests after every job; a step,
-        for which others wait, is done at once and rested for afterwards."""
-        self._threads = threads
+        for which others wait, is done at once and rested for afterwards. `elsewhere`: not on the CPU."""
+        self._threads, self._elsewhere = threads, elsewhere
         self._rest_per_s = 1 / device_share - 1
         self._rested_s = 0.0  # when it may go on
         self.busy_s = 0.0
@@ -134,11 +134,13 @@ class ComputeThread:
                     self._changed.wait(self._rest_s or None)
                 if job is None or self._closed:
                     return
-            began_s, priority = time.perf_counter(), job[0]
+            began_s, cpu_s, priority = time.perf_counter(), time.thread_time(), job[0]
             _run(*job[1:])
             job = None  # its results must not live until the next one comes
             ended_s = time.perf_counter()
-            rest_s = (ended_s - began_s) * self._rest_per_s
+            # What other programs took of the cores meanwhile is nothing to rest from.
+            used_s = ended_s - began_s if self._elsewhere else time.thread_time() - cpu_s
+            rest_s = used_s * self._rest_per_s
             self._rested_s = max(self._rested_s, ended_s) + rest_s
             if priority is not Priority.STEP:
                 self.busy_s += ended_s - began_s + rest_s

@@ -19,6 +19,7 @@ from typing import Protocol
 import safetensors.torch
 import torch
 
+from averaging import exact
 from averaging.bounded import forget_oldest
 from swarm.chunks import Contents, chunks_of, hash_of
 from swarm.compute import Compute, between_hops
@@ -161,18 +162,18 @@ def serialized(stage: Stage) -> bytes:
 
 
 def pack_mean(mean: torch.Tensor, microbatches: Collection[bytes]) -> bytes:
-    """A mean gradient [values] float32 and the ids of what is in it."""
-    return b"".join((COUNT.pack(len(microbatches)), *sorted(microbatches), mean.numpy().tobytes()))
+    """A mean gradient [values] float32, bit by bit, and the ids of what is in it."""
+    return b"".join((COUNT.pack(len(microbatches)), *sorted(microbatches), exact.pack(mean)))
 
 
 def unpack_mean(data: bytearray, values: int) -> tuple[torch.Tensor, list[bytes]]:
     """Raises ValueError."""
     count = COUNT.unpack_from(data)[0] if len(data) >= COUNT.size else 0
     start = COUNT.size + count * ID_BYTES
-    if len(data) != start + 4 * values:
-        raise ValueError(f"{len(data)} bytes are no mean of {values} values with {count} microbatches")
+    if len(data) < start:
+        raise ValueError(f"{len(data)} bytes are no mean with {count} microbatches")
     ids = [bytes(data[at : at + ID_BYTES]) for at in range(COUNT.size, start, ID_BYTES)]
-    return torch.frombuffer(data[start:], dtype=torch.float32), ids
+    return exact.unpack(memoryview(data)[start:], values), ids
 
 
 async def contents_of(data: bytes | memoryview) -> Contents:

@@ -80,7 +80,9 @@ async def serve(options: PeerOptions) -> int:
                 peer = Auxiliary(**about, stage=stage)
             else:
                 show = bar.enter_context(shown_loading())
-                compute = ComputeThread(threads, device_share=options.device_share)
+                compute = ComputeThread(
+                    threads, device_share=options.device_share, elsewhere=not device.startswith("cpu")
+                )
                 compute_open.callback(compute.close)
                 if options.state_folder is not None:
                     place = compute_open.enter_context(place_in(options.state_folder, manifest.run))

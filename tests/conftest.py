@@ -1,11 +1,19 @@
 """Shared by all tests."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import pytest
 import torch
 
 from tests.background import SEEDS, Sweep
 
 torch.set_num_threads(1)  # the peers of a test share the machine; one thread also keeps sums in order
+# What peers keep for a restart is not to outlive the tests, nor to be found by them.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="swarm-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 SWEEPS = pytest.StashKey[dict[str, Sweep]]()
 
 

@@ -41,7 +41,7 @@ def test_jobs_run_by_priority_and_hops_wait_while_a_step_closes(compute):
 
 
 def test_a_device_that_is_shared_rests_after_its_hops_but_takes_steps_at_once():
-    compute = ComputeThread(1, device_share=0.1)
+    compute = ComputeThread(1, device_share=0.1, elsewhere=True)
     try:
         began_s = time.monotonic()
         hops = [compute.submit(Priority.FORWARD, lambda: time.sleep(0.02)) for _ in range(4)]
@@ -58,10 +58,21 @@ def test_a_device_that_is_shared_rests_after_its_hops_but_takes_steps_at_once():
 
 
 def test_a_rest_does_not_keep_a_compute_thread_from_ending():
-    compute = ComputeThread(1, device_share=0.01)
+    compute = ComputeThread(1, device_share=0.01, elsewhere=True)
     compute.submit(Priority.FORWARD, lambda: time.sleep(0.05)).result(10)  # it rests for five seconds
     began_s = time.monotonic()
     compute.close()
     while any(thread.name == "compute" for thread in threading.enumerate()):
         assert time.monotonic() - began_s < 2
         time.sleep(0.01)
+
+
+def test_what_others_take_of_a_core_is_nothing_to_rest_from():
+    compute = ComputeThread(1, device_share=0.01)
+    try:
+        began_s = time.monotonic()
+        for _ in range(5):
+            compute.submit(Priority.FORWARD, lambda: time.sleep(0.05)).result(10)
+        assert time.monotonic() - began_s < 2, "it had waited, not computed"
+    finally:
+        compute.close()

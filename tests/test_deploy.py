@@ -65,4 +65,4 @@ def test_the_systemd_unit_starts_a_peer_with_options_that_exist():
     unit.read(ROOT / "deploy" / "swarm-peer.service")
     command = unit["Service"]["ExecStart"]
     assert "swarm-peer --join" in command
-    assert set(re.findall(r"--[a-z]+", command)) <= set(re.findall(r"--[a-z-]+", options_of("swarm-peer")))
+    assert set(re.findall(r"--[a-z-]+", command)) <= set(re.findall(r"--[a-z-]+", options_of("swarm-peer")))

@@ -107,7 +107,8 @@ class Minutes:
 
     async def _deal(self) -> None:
         rng = random.Random(self.options.seed)
-        kinds, weights = list(FAULTS), list(FAULTS.values())
+        kinds = self.options.kinds
+        weights = [FAULTS[kind] for kind in kinds]
         end_s = time.monotonic() + 60 * self.options.minutes - CALM_S
         next_s = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
@@ -130,7 +131,7 @@ class Minutes:
         return [child for child in serving if pools[child.stage] > 1]
 
     async def _strike(self, kind: str, victim: Child) -> None:
-        print(f"{kind} {victim.name} of stage {victim.stage}", file=sys.stderr)
+        self._tell(f"{kind} {victim.name} of stage {victim.stage}")
         self.away.add(victim.name)
         if kind == "stop":
             victim.process.send_signal(signal.SIGSTOP)
@@ -149,13 +150,16 @@ class Minutes:
         await self.local.start_peer(stage)
 
     async def _kill_organizer(self) -> None:
-        print("kill the organizer", file=sys.stderr)
+        self._tell("kill the organizer")
         self.organizer_away = True
         self.organizer.kill()
         await self.organizer.wait()
         await asyncio.sleep(ORGANIZER_AWAY_S)
         await self._start_organizer("--resume")
         self.organizer_away = False
+
+    def _tell(self, what: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {what}, {sum(self.dealt.values())} so far", file=sys.stderr)
 
     # watching
 
@@ -198,9 +202,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--every", type=float, default=10.0, help="seconds between faults")
-    parser.add_argument("--device-share", type=float, default=0.15)
-    parser.add_argument("--steps", type=int, default=200, help="of the learning rate's schedule")
+    parser.add_argument("--device-share", type=float, default=0.07)
+    parser.add_argument("--steps", type=int, default=100, help="of the learning rate's schedule")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", default=list(FAULTS), choices=list(FAULTS))
     parser.add_argument("--runs", nargs="+", default=["calm", "faults"], choices=["calm", "faults"])
     parser.add_argument("--folder", type=Path, default=None, help="keep all files there")
     parser.add_argument("--set", dest="sets", action="append", default=[], help="as of swarm run")
