@@ -3,8 +3,8 @@
     kinds       one byte per block of 512 values: float32, float16, or whole numbers in steps of a scale
     blocks      those of every kind together, in order
 
-A mean that travelled in int8 takes a quarter of its size once more, and whoever reads it has its bits. The codec
-need not be known: a block is what it looks like, and if it looks like nothing it is written in full.
+A mean that travelled in int8 takes a quarter of its size once more, and whoever reads it has its bits. The
+codec need not be known: a block is what it looks like; if it looks like nothing it is written in full.
 """
 
 import torch

@@ -353,7 +353,7 @@ class Participant:
             all_reduce=self._all_reduce,
             say=functools.partial(_say_done, stream, stuck),
         )
-        averaging = asyncio.create_task(self._average(plan, rounds, stream, contributor))
+        averaging = asyncio.create_task(self._average(plan, rounds, stream, stuck, contributor))
         averaging.add_done_callback(functools.partial(_abort_if_failed, stream))
         self._pending = plan.key
         try:
@@ -382,13 +382,14 @@ class Participant:
             rounds.close()
 
     async def _average(
-        self, plan: Plan, rounds: Rounds, stream: Stream, contributor: Contributor
+        self, plan: Plan, rounds: Rounds, stream: Stream, stuck: asyncio.Event, contributor: Contributor
     ) -> Averaged:
         """Freeze, and average; what was frozen is known to the coordinator before any of it is sent."""
         try:
             mine = await contributor.freeze()
         except RoundAbandonedError as error:
             log.info("cannot carry out the plan: %s", error)
+            stuck.set()
             await _say(stream, pb.FromMember(failed=True))
             return await asyncio.get_running_loop().create_future()  # until the verdict
         log.debug("step %d: averaging with %d members", plan.step, len(plan.members))

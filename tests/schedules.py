@@ -1,27 +1,34 @@
 """Seeded schedules of faults against a whole in-memory swarm, and the invariants they must not break.
 
+Each has joins, SIGTERMs, SIGKILLs, hangs, cut links, a stage that loses peers until others move there,
+and often one that loses all; besides, streams break and requests arrive twice.
+
 `python -m tests.schedules SEED [COUNT]` replays one schedule (or several) and prints its event log.
 """
 
 import asyncio
 import gc
 import logging
+import os
 import random
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
+from pathlib import Path
 from typing import TypeVar
 
 from averaging import virtual_time
 from averaging.memory_network import Link
-from tests.sim import PACKAGES, Sim, tiny_run
+from tests.invariants import Invariants
+from tests.sim import PACKAGES, Sim, SimPeer, SimVolunteer, tiny_run
 from trainers import events as ev
 from trainers.ledger import Ledger
 
-MICROBATCHES = 40
 MODEL = "model.factory=tests.tiny:build"
-FAULTS = ["kill", "kill", "kill two", "terminate", "terminate", "hang", "hang long", "cut", "cut trainer"]
+FAULTS = ["kill", "kill two", "terminate", "hang", "hang long", "cut", "cut trainer", "shrink", "lose stage"]
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: PTH112 - a disk would only be slower
 S = TypeVar("S", bound="Schedule")
 
 
@@ -33,6 +40,10 @@ def profile(seed: int) -> list[str]:
         f"training.delayed_updates={rng.choice(['true', 'false'])}",
         f"pipeline.keep_graphs={rng.choice([0, 2, 8])}",
         f"averaging.codec={rng.choice(['float32', 'int8'])}",
+        f"archive.every_steps={rng.choice([2, 4])}",
+        "rebalancing.period_s=1",
+        *("network.announce_s=0.5", "network.expire_s=3", "network.lease_s=2"),
+        *("averaging.progress_deadline_s=2", "averaging.grace_s=0.3", "pipeline.hop_deadline_s=10"),
     ]
 
 
@@ -45,6 +56,10 @@ class Schedule:
         self.seed, self.rng = seed, random.Random(seed)
         self.log: list[str] = []
         self.faults = Counter[str]()  # dealt so far
+        self.counted = self.settled_below = 0  # microbatches issued while things break; all below are settled
+        self.is_over = False  # nothing more will be broken
+        self.shrunk = 0  # peers that nobody has replaced yet
+        self.lost_stages = set[int]()
         self.reached = [0, 0, 0]  # the version that all peers of a stage had, as the trainer knew them
 
     def spy(self, ledger: Ledger) -> None:
@@ -70,33 +85,40 @@ class Schedule:
         self.log.append(f"{self.sim.clock():8.3f}  {what}")
 
     async def run(self) -> None:
+        with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+            await self.run_in(Path(folder))
+
+    async def run_in(self, folder: Path) -> None:
         sim = self.sim = Sim(tiny_run(*profile(self.seed)), self.seed)
+        self.invariants = Invariants(sim)
         sim.hub.link = self.link
         sim.hub.fate = self.fate
         self.trouble = self.rng.choice([0.0, 0.01, 0.03])
         for stage in range(3):
-            for _ in range(self.rng.choice([2, 2, 3])):
+            for _ in range(self.rng.choice([1, 2, 2])):
                 await sim.start_peer(stage)
+        await sim.start_archive(folder)
+        for _ in range(self.rng.choice([1, 2])):
+            await sim.start_volunteer()
         await sim.start_trainer()
         self.spy(sim.pipeline.ledger)
         await sim.until(lambda: sim.pipeline.ready_stages == 3 and sim.all_acquainted())
+        self.invariants.start()
         feeding = asyncio.create_task(self.feed())
         breaking = asyncio.create_task(self.break_things())
         try:
-            await sim.until(lambda: self.issued_all and self.all_settled(), 400)
-        except TimeoutError:
-            self.dump()
-            raise
+            await sim.until(lambda: breaking.done() and self.all_settled(), 400)
         finally:
             feeding.cancel()
             breaking.cancel()
+        breaking.result()
         self.trouble = 0.0
-        for peer in list(sim.hub.hung):
-            sim.hub.resume(peer)
-        sim.hub.cut.clear()
         self.note("all settled; waiting for retained bytes")
-        await sim.until(lambda: sim.retained_bytes(below=MICROBATCHES) == 0, 60)
+        await sim.until(lambda: sim.retained_bytes(below=self.counted) == 0, 60)
         self.note("the trainer leaves")
+        self.invariants.stop()
+        moves = [p.volunteer.moves for p in sim.peers.values() if isinstance(p, SimVolunteer)]
+        self.faults["move"] += sum(moves)
         sim.pipeline_task.cancel()
         await sim.until(lambda: sim.retained_bytes() == 0, 60)
         self.check()
@@ -104,7 +126,7 @@ class Schedule:
     def dump(self) -> None:
         """Note what hangs: the microbatches that are not settled and the peers' steps."""
         for flight in list(self.sim.pipeline.ledger._flights.values()):
-            if int.from_bytes(flight.id, "big") < MICROBATCHES:
+            if int.from_bytes(flight.id, "big") < self.counted:
                 self.note(f"{int.from_bytes(flight.id, 'big')} attempt {flight.attempt} {flight.unplaced}")
                 for hop in flight.hops:
                     self.note(f"    {brief(hop, b'')}")
@@ -121,20 +143,23 @@ class Schedule:
         self.note(str(self.sim.pipeline.ledger.counters))
 
     def all_settled(self) -> bool:
-        """The first microbatches count; later ones only keep the steps closing."""
-        return all(self.sim.pipeline.ledger.is_settled(i.to_bytes(16, "big")) for i in range(MICROBATCHES))
-
-    issued_all = False
+        """Those issued while things break count; later ones only keep the steps closing."""
+        settled = self.sim.pipeline.ledger.is_settled
+        while self.settled_below < self.counted and settled(self.settled_below.to_bytes(16, "big")):
+            self.settled_below += 1
+        return self.settled_below == self.counted
 
     async def feed(self) -> None:
-        """Issue as fast as the pipeline takes, and go on until the counted ones are settled."""
+        """In bursts, for as long as this lasts."""
         number, sim = 0, self.sim
         while True:
-            if sim.pipeline.ledger.in_flight < 8:
-                sim.issue(number)
-                number += 1
-                self.issued_all = number >= MICROBATCHES
-            await asyncio.sleep(self.rng.uniform(0.01, 0.1))
+            for _ in range(self.rng.randint(2, 8)):
+                if sim.pipeline.ledger.in_flight < sim.config.pipeline.in_flight:
+                    sim.issue(number)
+                    number += 1
+            if not self.is_over:
+                self.counted = number
+            await asyncio.sleep(self.rng.uniform(0.2, 1))
 
     def link(self, a: str, b: str) -> Link:
         # Late events: now and then a frame takes long, and everything behind it on its stream, too.
@@ -151,55 +176,86 @@ class Schedule:
         return fate
 
     async def break_things(self) -> None:
-        """Kill, hang, and cut off, each followed by a repair, one after the other."""
-        sim = self.sim
-        for _ in range(self.rng.randint(1, 4)):
-            await asyncio.sleep(self.rng.uniform(0.1, 4))
-            what = self.rng.choice(FAULTS)
-            self.faults[what] += 1
-            match what:
-                case "kill" | "kill two" | "terminate":
-                    for _ in range(1 + (what == "kill two")):
-                        await self.end_one(what)
-                case "hang" | "hang long":
-                    peer = self.rng.choice(sorted(sim.peers))
-                    self.note(f"{what} {peer}")
-                    sim.hub.hang(peer)
-                    await asyncio.sleep(
-                        self.rng.uniform(0.2, 2) if what == "hang" else self.rng.uniform(5, 9)
-                    )
-                    sim.hub.resume(peer)
-                    self.note(f"resume {peer}")
-                case "cut" | "cut trainer":
-                    a, b = self.rng.sample(sorted(sim.peers), 2)
-                    a = "trainer" if what == "cut trainer" else a
-                    self.note(f"cut {a} {b}")
-                    sim.hub.sever(a, b)
-                    await asyncio.sleep(self.rng.uniform(0.5, 8))
-                    sim.hub.heal(a, b)
-                    self.note(f"heal {a} {b}")
+        """Some kinds of faults, each followed by a repair, one after the other."""
+        for what in self.rng.sample(FAULTS, self.rng.randint(2, 5)):
+            await asyncio.sleep(self.rng.uniform(0.1, 1.5))
+            await self.deal(what)
+        self.is_over = True
 
-    async def end_one(self, what: str) -> None:
+    async def deal(self, what: str) -> None:
+        sim, rng = self.sim, self.rng
+        self.faults[what] += 1
+        match what:
+            case "kill" | "kill two" | "terminate":
+                for _ in range(1 + (what == "kill two")):
+                    await self.end_one(what)
+            case "shrink":
+                self.shrunk += 1
+                await self.end_one("kill", replaced=False)
+            case "lose stage":
+                await self.lose_stage(rng.randrange(3))
+            case "hang" | "hang long":
+                peer = rng.choice(sorted(sim.peers))
+                self.note(f"{what} {peer}")
+                sim.hub.hang(peer)
+                await asyncio.sleep(rng.uniform(0.2, 1) if what == "hang" else rng.uniform(2, 5))
+                self.invariants.hurt(peer)
+                sim.hub.resume(peer)
+                self.note(f"resume {peer}")
+            case "cut" | "cut trainer":
+                a, b = rng.sample(sorted(sim.peers), 2)
+                a = "trainer" if what == "cut trainer" else a
+                self.note(f"cut {a} {b}")
+                sim.hub.sever(a, b)
+                await asyncio.sleep(rng.uniform(0.3, 4))
+                self.invariants.hurt(a, b)
+                sim.hub.heal(a, b)
+                self.note(f"heal {a} {b}")
+
+    async def end_one(self, what: str, *, replaced: bool = True) -> None:
         """End a peer if another one holds all that its stage has settled; a fresh one comes later."""
         sim, known = self.sim, self.sim.pipeline.ledger.peers
         holders = [
             peer
             for peer in sim.peers.values()
-            if peer.id in known and peer.peer.stage.version >= self.reached[peer.stage]
+            if peer.id in known and peer.peer.stage.version >= self.reached[peer.stage] and stays(peer)
         ]
         pools = Counter(peer.stage for peer in holders)
         candidates = sorted(peer.id for peer in sim.peers.values() if pools[peer.stage] > (peer in holders))
-        if candidates:
-            victim = self.rng.choice(candidates)
-            stage = sim.peers[victim].stage
-            self.note(f"{what} {victim}")
-            if what == "terminate":
-                await sim.terminate(victim)
-                self.note(f"{victim} has left")
-            else:
-                sim.kill(victim)
+        if not candidates:
+            return
+        victim = self.rng.choice(candidates)
+        stage = sim.peers[victim].stage
+        self.note(f"{what} {victim}")
+        self.invariants.hurt(victim)
+        if what == "terminate":
+            await sim.terminate(victim)
+            self.note(f"{victim} has left")
+        else:
+            sim.kill(victim)
+        if replaced:
+            await asyncio.sleep(self.rng.uniform(0, 1))
+            await self.start_one(stage)
+
+    async def start_one(self, stage: int) -> None:
+        if self.shrunk and self.rng.random() < 0.5:
+            self.shrunk -= 1
+            self.note(f"start {await self.sim.start_volunteer()}")
+        else:
+            self.note(f"start {await self.sim.start_peer(stage)}")
+
+    async def lose_stage(self, stage: int) -> None:
+        """All of its peers at once; fresh ones come, to whatever the archive has."""
+        sim = self.sim
+        self.lost_stages.add(stage)
+        for peer in [p for p in sim.peers.values() if p.stage == stage]:
+            self.note(f"kill {peer.id}, and with it stage {stage}")
+            self.invariants.hurt(peer.id)
+            sim.kill(peer.id)
+        for _ in range(self.rng.choice([1, 2])):
             await asyncio.sleep(self.rng.uniform(0, 1))
             self.note(f"start {await sim.start_peer(stage)}")
+        self.reached[stage] = 0
 
     def check(self) -> None:
         """Every microbatch completed once; each stage applied its gradient exactly once."""
@@ -213,13 +269,26 @@ class Schedule:
         short = [node[:2] for node, inside in sim.contents.items() if len(inside) < least]
         assert not short, f"steps (stage, version) closed with less than {least} gradients: {short}"
         gradients = [Counter(microbatch for microbatch, _ in sim.lineage(stage)) for stage in range(3)]
-        for number in range(MICROBATCHES):
+        gone = [self.gone_with_its_peers(stage) for stage in range(3)]
+        for number in range(self.counted):
             microbatch = number.to_bytes(16, "big")
             completed = sim.completed[microbatch]
             assert completed == 1, f"microbatch {number} completed {completed} times"
             for stage in range(3):
                 times = gradients[stage][microbatch]
-                assert times == 1, f"microbatch {number} is {times} times in stage {stage}"
+                least = microbatch not in gone[stage]
+                assert least <= times <= 1, f"microbatch {number} is {times} times in stage {stage}"
+
+    def gone_with_its_peers(self, stage: int) -> set[bytes]:
+        """What a stage may have taken in and have no more: if it was lost, the steps since the archive's."""
+        if stage not in self.lost_stages:
+            return set()
+        return {m for (s, *_), inside in self.sim.contents.items() if s == stage for m, _ in inside}
+
+
+def stays(peer: SimPeer | SimVolunteer) -> bool:
+    """Is it not about to serve another stage?"""
+    return peer.peer.membership.heading is None
 
 
 def brief(thing: object, traced: bytes) -> str:
@@ -237,6 +306,7 @@ def run(seed: int, kind: type[S]) -> S:
     try:
         virtual_time.run(schedule.run())
     except BaseException as error:
+        schedule.dump()
         lines = "\n".join(schedule.log[-(100000 if "-t" in sys.argv else 40) :])
         raise AssertionError(
             f"schedule {seed} failed: {error!r}; replay it with `{kind.command} {seed}`\n{lines}"

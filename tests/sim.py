@@ -295,6 +295,7 @@ class Sim:
             folder=folder,
             newest=newest,
             in_thread=at_once,
+            rng=random.Random(name),
         )
         await archive.start()
         task = asyncio.create_task(archive.run(), name=name)

@@ -72,9 +72,6 @@ class StrictSchedule(Schedule):
         killing = asyncio.create_task(self.kill_some())
         try:
             await self.train()
-        except TimeoutError:
-            self.dump()
-            raise
         finally:
             killing.cancel()
         await sim.until(

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from averaging import virtual_time
-from averaging.averager import Averager
+from averaging.averager import Averager, _Given
 from averaging.codecs import CODECS
+from averaging.errors import RoundAbandonedError
 from averaging.memory_network import Link, MemoryHub
 from averaging.network import Network
 from averaging.shares import Mode
@@ -125,3 +126,29 @@ def test_in_the_long_run_nothing_is_lost_whatever_the_weights_and_the_seats(code
     # Beyond a grid's first dimension there is no memory, so what int8 rounds there is lost.
     most = {"int8": 5e-4 if group_size > len(members) else 2e-3, "int4": 0.01, "topk": 0.35}[codec]
     assert error < min(most, 0.6 * without), (error, without)
+
+
+def test_a_member_that_cannot_carry_out_a_plan_and_loses_its_coordinator_tries_again_at_once():
+    """It has nothing to wait for: no verdict will come, and no mean."""
+
+    async def main():
+        hub = MemoryHub(link=lambda a, b: Link(latency_s=0.01))
+        averager = Averager(hub.network("a"), peers=lambda: ["a"], target=1)
+        await averager.start()
+        given = _Given(torch.ones(10), 1.0)
+        freeze, tries = given.freeze, []
+
+        async def freeze_the_second_time():
+            tries.append(asyncio.get_running_loop().time())
+            if len(tries) > 1:
+                return await freeze()
+            hub.fate = lambda a, b, service, request: "break_before" if service == "step" else "deliver"
+            asyncio.get_running_loop().call_later(0.1, setattr, hub, "fate", lambda *frame: "deliver")
+            raise RoundAbandonedError("not now")
+
+        given.freeze = freeze_the_second_time
+        mean = await averager._participant.close_step(given)
+        assert torch.equal(mean.vector, torch.ones(10)) and len(tries) == 2
+        assert tries[1] - tries[0] < 10, "much less than a round may take"
+
+    virtual_time.run(main())

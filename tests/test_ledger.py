@@ -369,3 +369,16 @@ def test_a_stage_heard_before_the_one_before_it_is_not_taken_for_infinitely_fast
     issue(ledger)
     say(ledger, "1a", pb.BACKWARDED)
     assert ledger._wirings[1]._cost_s["1a"] == 1.0
+
+
+def test_what_a_stages_only_peer_brings_back_is_not_computed_again_by_it_for_ever():
+    """It was out of reach; all that its state holds was thought gone with it."""
+    ledger = make_ledger(pool=1, retain_until_step=True)
+    carry(ledger, issue(ledger))
+    ledger.handle(PeerGone("0a", silent=True), 2.0)
+    for stage in (1, 2):
+        ledger.handle(SteppedEvent(stage, f"{stage}a", 1, frozenset((M,))), 2.5)
+    ledger.handle(SteppedEvent(0, "0a", 1, frozenset((M,)), whole=True), 3.0)  # what it says first
+    commands = ledger.handle(PeerReady(0, "0a", 1), 3.0)
+    assert not [c for c in commands if isinstance(c, PushTokens)]
+    assert ledger.unsettled == 0

@@ -71,6 +71,10 @@ class Evidence:
         """Is it in the state of a live peer?"""
         return any(peer in self._versions for peer in self._holders.get(microbatch, ()))
 
+    def step_of(self, microbatch: bytes) -> int:
+        """The step that a held one is in."""
+        return self._step[microbatch]
+
     def is_safe(self, microbatch: bytes) -> bool:
         """Is it in the state of every live peer?"""
         holders = self._holders.get(microbatch)
