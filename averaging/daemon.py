@@ -28,7 +28,7 @@ async def start_daemon(
 ) -> P2P:
     """Start the libp2p daemon. Raises UserError with one clear line when the address or port is wrong."""
     for address in join:
-        _check_address(address)
+        check_address(address)
     try:
         p2p = await P2P.create(
             initial_peers=list(join) or None,
@@ -71,7 +71,8 @@ def _look_at_error(task: asyncio.Task[None]) -> None:
         log.debug("the libp2p daemon's control connection ended: %r", error)
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
+    """Raises UserError if it is none of a peer."""
     try:
         parsed = Multiaddr(address)
         parsed["p2p"]

@@ -31,7 +31,8 @@ from swarm.manifest import pack_manifest
 from swarm.metrics import serve_metrics
 from swarm.monitor import Monitor
 from swarm.process import best_address, joined
-from swarm.returning import reachable, read_addresses, remember_peers, who_lives
+from swarm.reach import reachable
+from swarm.returning import read_addresses, remember_peers, who_lives
 
 REPUBLISH_S = 3600.0
 CHECKPOINTS = "checkpoints"

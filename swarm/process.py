@@ -20,9 +20,10 @@ from typing import Any
 
 import uvloop
 
-from averaging.daemon import start_daemon
+from averaging.daemon import check_address, start_daemon
 from averaging.hivemind_network import HivemindNetwork
 from swarm.dht import HivemindDirectory, make_identity
+from swarm.reach import some_reachable
 
 DIRECT_PORT, MOST_PORT = 10_000, 65_535  # the first is added to the daemon's
 log = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ async def joined(
     try:
         path = identity or folder / "identity"
         key = make_identity(path)
+        for address in join:
+            check_address(address)
+        join = await some_reachable(join)
         p2p = await start_daemon(join=join, listen=listen, port=port, identity=path)
         network = HivemindNetwork(p2p)
         await _listen(network, listen, port)

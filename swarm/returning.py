@@ -1,13 +1,11 @@
 """An organizer that is started again finds its run: where peers could be dialled lately, and who lives.
 
-I/O: a file, the directory, and connections that are closed at once.
+I/O: a file, and the directory.
 """
 
 import asyncio
 import contextlib
-import re
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from averaging.errors import LinkError
@@ -17,8 +15,7 @@ from swarm.metrics import MOST_PAUSE_S
 from swarm.monitor import Monitor
 
 REMEMBER_S, REMEMBERED = 5.0, 32
-DIAL_S, HEARD_S = 1.0, MOST_PAUSE_S + 3.0
-_TCP_ADDRESS = re.compile(r"/ip[46]/([^/]+)/tcp/(\d+)/p2p/\w+$")
+HEARD_S = MOST_PAUSE_S + 3.0
 
 
 async def remember_peers(directory: Directory, stages: int, path: Path) -> None:
@@ -36,25 +33,6 @@ async def remember_peers(directory: Directory, stages: int, path: Path) -> None:
 def read_addresses(path: Path) -> list[str]:
     """What was written down; nothing if that was never done."""
     return path.read_text().split() if path.exists() else []
-
-
-async def reachable(addresses: Sequence[str]) -> list[str]:
-    """Those where somebody listens."""
-    alive = await asyncio.gather(*map(_listens, addresses))
-    return [address for address, listening in zip(addresses, alive, strict=True) if listening]
-
-
-async def _listens(address: str) -> bool:
-    found = _TCP_ADDRESS.match(address)
-    if found is None:
-        return False
-    try:
-        async with asyncio.timeout(DIAL_S):
-            _, writer = await asyncio.open_connection(found[1], int(found[2]))
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    return True
 
 
 async def who_lives(directory: Directory, monitor: Monitor) -> Living:

@@ -18,7 +18,7 @@ from tests.sim import Node, Sim, SimPeer, SimVolunteer
 DIFFER_S = 8.0  # a peer that was away learns by then that the stage went on without it
 STALL_S = 30.0  # leases, deadlines of averaging and dials one after the other
 ESTRANGED_S = 15.0  # a stage hit by a fault lately may have lost whom a mover relied on
-LASTING = 16  # looks from one at what lasts to the next
+LASTING = 32  # looks from one at what lasts to the next
 JOBS = 64  # beyond the hops: steps, snapshots, means
 
 
@@ -63,10 +63,14 @@ class Invariants:
     def look(self) -> None:
         """Cheap at every moment; what lasts is looked at now and then."""
         self.looks += 1
-        peers = [p for p in self.sim.peers.values() if hasattr(p, "peer") and hasattr(p.peer, "updater")]
-        serving = [(p.id, p.stage) for p in peers if not p.peer.membership.loading]
-        for p in peers:
-            self._grows(p)
+        peers, serving = [], []
+        for p in self.sim.peers.values():
+            peer = p.peer
+            if hasattr(peer, "updater"):
+                peers.append(p)
+                self._grows(p.id, peer)
+                if not peer.membership.loading:
+                    serving.append((p.id, p.stage))
         if serving != self._serving:
             self._no_stage_is_left(serving)
         if self.looks % LASTING == 0:
@@ -95,11 +99,11 @@ class Invariants:
             self._inside[node] = found
         return found
 
-    def _grows(self, p: "SimPeer | SimVolunteer") -> None:
-        peer, version = p.peer, p.peer.stage.version
+    def _grows(self, name: PeerId, peer: Peer) -> None:
+        version = peer.stage.version
         _, before = self._versions.get(id(peer), (peer, 0))
         if version != before:
-            assert version > before, f"{p.id} was at version {before}, is at {version}"
+            assert version > before, f"{name} was at version {before}, is at {version}"
             self._versions[id(peer)] = peer, version
 
     def _is_bounded(self, p: "SimPeer | SimVolunteer") -> None:

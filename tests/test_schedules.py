@@ -22,19 +22,19 @@ def counts(printed: str) -> Counter[str]:
 
 
 @pytest.mark.schedules
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(5000)
 def test_every_microbatch_completes_and_counts_exactly_once(sweeps: dict[str, Sweep]):
     sweep = sweeps["tests.schedules"]
     dealt = counts(sweep.result())
     print(dict(dealt))
-    for fault in set(schedules.FAULTS):
-        assert dealt[fault] >= sweep.seeds // 20, f"hardly any {fault!r}: {dealt}"
+    for fault in [*schedules.FAULTS, "move"]:
+        assert dealt[fault] >= sweep.seeds // 10, f"hardly any {fault!r}: {dealt}"
     for fault in ("break_before", "break_after", "twice"):
         assert dealt[fault] >= sweep.seeds, f"hardly any {fault!r}: {dealt}"
 
 
 @pytest.mark.schedules
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(5000)
 def test_strict_mode_equals_plain_training_whenever_peers_die(sweeps: dict[str, Sweep]):
     sweep = sweeps["tests.strict_schedules"]
     dealt = counts(sweep.result())

@@ -1,0 +1,52 @@
+"""Is anybody there? A look at addresses before the libp2p daemon is given them: it does not try again.
+
+I/O: connections that are closed at once.
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import Sequence
+
+from averaging.errors import NoAnswerError
+
+DIAL_S, AGAIN_S = 1.0, 0.5
+PATIENCE_S = 20.0  # an organizer that is started again is back by then
+_TCP_ADDRESS = re.compile(r"/ip[46]/([^/]+)/tcp/(\d+)/p2p/\w+$")
+log = logging.getLogger(__name__)
+
+
+async def reachable(addresses: Sequence[str]) -> list[str]:
+    """Those where somebody listens; of addresses that are not plain TCP nobody knows."""
+    alive = await asyncio.gather(*map(_listens, addresses))
+    return [address for address, listening in zip(addresses, alive, strict=True) if listening]
+
+
+async def some_reachable(addresses: Sequence[str], *, patience_s: float = PATIENCE_S) -> list[str]:
+    """As soon as somebody listens at one of them, those where somebody does. Raises NoAnswerError."""
+    time_s = asyncio.get_running_loop().time
+    end_s, told = time_s() + patience_s, False
+    while addresses and not (found := await reachable(addresses)):
+        if time_s() > end_s:
+            raise NoAnswerError(
+                f"no answer from {', '.join(addresses)} within {patience_s:.0f} s: check that the organizer "
+                "runs, that the address is copied whole, and that its port is reachable from here"
+            )
+        if not told:
+            told = True
+            log.info("no answer from %s: trying for %.0f s", ", ".join(addresses), patience_s)
+        await asyncio.sleep(AGAIN_S)
+    return found if addresses else []
+
+
+async def _listens(address: str) -> bool:
+    found = _TCP_ADDRESS.match(address)
+    if found is None:
+        return True
+    try:
+        async with asyncio.timeout(DIAL_S):
+            _, writer = await asyncio.open_connection(found[1], int(found[2]))
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
