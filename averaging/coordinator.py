@@ -335,8 +335,12 @@ class Coordinator:
         ballot.plan, ballot.closed_s = plan, asyncio.get_running_loop().time()
         ballot.holdings = Holdings(plan, self._rules)
         message = pb.FromCoordinator(plan=plan_message(plan))
-        for stream in ballot.streams.values():
-            self._say_soon(stream, message)
+        for peer, stream in list(ballot.streams.items()):
+            if peer in plan.by_peer:
+                self._say_soon(stream, message)
+            else:  # it has been silent: let it begin anew
+                del ballot.streams[peer]
+                self._say_soon(stream, pb.FromCoordinator(moved=self._network.peer_id))
 
     def _finish(self, ballot: Ballot) -> None:
         """Speak the verdict once it is known."""

@@ -9,6 +9,7 @@ checked first; an error is one line that names the file and the field.
 I/O: files.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -120,6 +121,8 @@ def write_durably(path: Path, data: bytes | bytearray) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)  # half a file helps nobody, on a disk that is full
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
 
 

@@ -19,6 +19,7 @@ import torch
 from swarm.threads import Worker
 
 T = TypeVar("T")
+MOST_OWED_S = 60.0  # of rest, by steps
 
 
 class Priority(IntEnum):
@@ -95,11 +96,11 @@ class ComputeThread:
     """Jobs run one after the other in a thread of their own, which torch spreads over `threads` cores."""
 
     def __init__(self, threads: int, *, device_share: float = 1.0, elsewhere: bool = False) -> None:
-        """`device_share`: the part of the time for which it may compute. It rests after every job; a step,
-        for which others wait, is done at once and rested for afterwards. `elsewhere`: not on the CPU."""
+        """`device_share`: the part of the time for which it may compute. It rests after every hop; a step,
+        for which others wait, is done at once, and rested for after later hops. `elsewhere`: on no CPU."""
         self._threads, self._elsewhere = threads, elsewhere
         self._rest_per_s = 1 / device_share - 1
-        self._rested_s = 0.0  # when it may go on
+        self._rested_s = self._owed_s = 0.0  # when hops may go on; what has not been rested for yet
         self.busy_s = 0.0
         self._queue, self._changed, self._closed = _Queue(), threading.Condition(), False
         Worker(self._loop, name="compute", stop=self.close)
@@ -130,8 +131,12 @@ class ComputeThread:
         spread_over(self._threads)
         while True:
             with self._changed:
-                while (job := self._queue.pop(resting=self._rest_s > 0)) is None and not self._closed:
-                    self._changed.wait(self._rest_s or None)
+                job = None
+                while job is None and not self._closed:
+                    rest_s = self._rested_s - time.perf_counter()
+                    job = self._queue.pop(resting=rest_s > 0)
+                    if job is None:
+                        self._changed.wait(rest_s if rest_s > 0 else None)
                 if job is None or self._closed:
                     return
             began_s, cpu_s, priority = time.perf_counter(), time.thread_time(), job[0]
@@ -140,15 +145,14 @@ class ComputeThread:
             ended_s = time.perf_counter()
             # What other programs took of the cores meanwhile is nothing to rest from.
             used_s = ended_s - began_s if self._elsewhere else time.thread_time() - cpu_s
-            rest_s = used_s * self._rest_per_s
-            self._rested_s = max(self._rested_s, ended_s) + rest_s
-            if priority is not Priority.STEP:
-                self.busy_s += ended_s - began_s + rest_s
-
-    @property
-    def _rest_s(self) -> float:
-        """How long no hop may start yet."""
-        return max(0.0, self._rested_s - time.perf_counter())
+            owes_s = used_s * self._rest_per_s
+            if priority is Priority.STEP:
+                self._owed_s = min(MOST_OWED_S, self._owed_s + owes_s)
+                continue
+            later_s = min(self._owed_s, owes_s)  # however much steps owe: hops go on, at half of the share
+            self._owed_s -= later_s
+            self._rested_s = ended_s + owes_s + later_s
+            self.busy_s += ended_s - began_s + owes_s + later_s
 
 
 class VirtualCompute:

@@ -1,11 +1,11 @@
 """A peer's own state on disk: what it goes on from when it is started again.
 
-    FOLDER/RUN/0/state.json                what the file beside it is: stage, version, size and hash
-    FOLDER/RUN/0/stage-2-57.safetensors    as donors give it: parameters, optimizer, history
+    FOLDER/RUN/stage-2/0/state.json             what the file beside it is: version, size, hash
+    FOLDER/RUN/stage-2/0/57.safetensors         as donors give it: parameters, optimizer, history
 
-A process of the run takes the first place (0, 1, ...) that no living one has: one that is started again finds
-what the one before has left. It uses that if its stage has gone no further, or if nobody else has the stage's
-state. What cannot be used is said in one line, and left alone.
+Of the places (0, 1, ...) of its stage that no living process has, a process takes the one with the newest
+state: who is started again finds what was left there. It uses that if its stage has gone no further, or if
+nobody else has the stage's state. What cannot be used is said in one line, and left alone.
 
 I/O: files, in a thread.
 """
@@ -19,12 +19,12 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from swarm.checkpoint import CheckpointError, StateFile, check_state_file, write_durably
 from swarm.compute import Compute, between_hops
@@ -35,60 +35,61 @@ from swarm.stage import Stage
 DESCRIPTION, LOCK, PLACES = "state.json", "lock", 64
 FRESH_S = 86_400.0  # the records of a run live as long
 EVERY_S = 30.0  # between two copies
+AGAIN_S = 600.0  # after one that failed: a full disk is nothing to try every half minute
+CLOSE_S = 10.0
 MOST_OF_TIME = 0.02  # that may be spent on copies
 log = logging.getLogger(__name__)
 
 
 class _Description(BaseModel):
     model_config = ConfigDict(frozen=True)
-    stage: int = Field(ge=0)
     saved_at: float  # seconds since 1970
     file: StateFile
 
 
-@contextlib.contextmanager
-def place_in(folder: Path, run: str) -> Iterator[Path | None]:
-    """A place of this process's own; None if files cannot be written there. Older runs are tidied away."""
-    with contextlib.ExitStack() as held:
-        found: Path | None = None
+class _Place:
+    """A folder of this process's own, until it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises BlockingIOError if another process has it, and OSError."""
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / LOCK).open("a")
         try:
-            (folder / run).mkdir(parents=True, exist_ok=True)
-            _tidy(folder, run)
-            for number in range(PLACES):
-                place = folder / run / str(number)
-                place.mkdir(exist_ok=True)
-                lock = held.enter_context((place / LOCK).open("a"))
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    found = place
-                    break
-        except OSError as error:
-            log.warning("%s: no state will be kept there for a restart: %s", folder, error.strerror)
-        yield found
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise
 
+    def described(self) -> _Description | None:
+        """Raises CheckpointError."""
+        path = self.folder / DESCRIPTION
+        if not path.exists():
+            return None
+        try:
+            return _Description.model_validate_json(path.read_text())
+        except (ValidationError, UnicodeDecodeError):
+            raise CheckpointError(f"{path}: is damaged") from None
 
-def _tidy(folder: Path, run: str) -> None:
-    """Delete what runs have left that nobody takes part in any more."""
-    for description in folder.glob(f"*/*/{DESCRIPTION}"):
-        other = description.parent.parent
-        if other.name != run and time.time() - description.stat().st_mtime > FRESH_S:
-            shutil.rmtree(description.parent, ignore_errors=True)
-            with contextlib.suppress(OSError):  # others have places there
-                other.rmdir()
+    def release(self) -> None:
+        self._lock.close()
 
 
 class LastState:
-    """Of one process, of the stage that it serves at the moment."""
+    """Of one process, of whichever stage it serves."""
 
     def __init__(
         self,
-        place: Path,
+        folder: Path,
         config: RunConfig,
+        run: str,
         *,
         every_s: float = EVERY_S,
         in_thread: Callable[[Callable[[], Any]], Awaitable[Any]] = asyncio.to_thread,
     ) -> None:
-        self._place, self._config, self._every_s, self._in_thread = place, config, every_s, in_thread
+        self._folder, self._config, self._run = folder, config, run
+        self._every_s, self._in_thread = every_s, in_thread
+        self._places: dict[int, _Place] = {}  # by stage
         self._next_s = float("-inf")
         self._saving: asyncio.Task[None] | None = None
 
@@ -111,56 +112,105 @@ class LastState:
         now_s = asyncio.get_running_loop().time()
         if now_s >= self._next_s and (self._saving is None or self._saving.done()):
             self._next_s = now_s + self._every_s
-            self._saving = asyncio.create_task(self._save_quietly(stage, compute))
-
-    async def close(self) -> None:
-        """No copy is under way any more."""
-        if self._saving is not None:
-            await asyncio.wait([self._saving])
+            self._saving = asyncio.create_task(self.save(stage, compute))
 
     async def save(self, stage: Stage, compute: Compute) -> None:
-        """Raises CheckpointError."""
+        """Now; what goes wrong is told, and tried again much later."""
         began_s = asyncio.get_running_loop().time()
-        version, data = await between_hops(compute, lambda: (stage.version, serialized(stage)))
-        await self._in_thread(functools.partial(self._write, stage.stage, version, data))
+        try:
+            version, data = await between_hops(compute, lambda: (stage.version, serialized(stage)))
+            await self._in_thread(functools.partial(self._write, stage.stage, version, data))
+        except CheckpointError as error:
+            log.warning("no state is kept for a restart: %s", error)
+            self._next_s = began_s + AGAIN_S
+            return
         took_s = asyncio.get_running_loop().time() - began_s
         self._next_s = max(self._next_s, began_s + took_s / MOST_OF_TIME)
 
-    async def _save_quietly(self, stage: Stage, compute: Compute) -> None:
-        try:
-            await self.save(stage, compute)
-        except CheckpointError as error:
-            log.warning("no state is kept for a restart: %s", error)
-            self._next_s = float("inf")  # a full disk is nothing to try every half minute
+    async def close(self) -> None:
+        """No copy is under way any more, and others may have the places. Bounded by `CLOSE_S`."""
+        if self._saving is not None:
+            await asyncio.wait([self._saving], timeout=CLOSE_S)
+        for place in self._places.values():
+            place.release()
+        self._places.clear()
 
     # files
 
-    def _read(self, stage: int) -> tuple[bytes, int] | None:
-        path = self._place / DESCRIPTION
-        if not path.exists():
-            return None
+    def _place_of(self, stage: int) -> _Place:
+        """The one with the newest state of those that nobody has. Raises CheckpointError."""
+        if stage in self._places:
+            return self._places[stage]
+        parent, free = self._folder / self._run / f"stage-{stage}", list[_Place]()
         try:
-            found = _Description.model_validate_json(path.read_text())
-        except (ValidationError, UnicodeDecodeError):
-            raise CheckpointError(f"{path}: is damaged") from None
-        if found.stage != stage or time.time() - found.saved_at > FRESH_S:
+            if not self._places:
+                _tidy(self._folder, self._run)
+            taken = 0
+            for number in range(PLACES):
+                known = (parent / str(number)).exists()
+                if not known and free:
+                    break
+                try:
+                    free.append(_Place(parent / str(number)))
+                except BlockingIOError:
+                    taken += 1
+        except OSError as error:
+            for place in free:
+                place.release()
+            raise CheckpointError(f"{parent}: cannot be written: {error.strerror}") from None
+        if not free:
+            raise CheckpointError(f"{parent}: {taken} processes keep their states there already")
+        best = max(free, key=_age_of)
+        for place in free:
+            if place is not best:
+                place.release()
+        self._places[stage] = best
+        return best
+
+    def _read(self, stage: int) -> tuple[bytes, int] | None:
+        place = self._place_of(stage)
+        found = place.described()
+        if found is None or time.time() - found.saved_at > FRESH_S:
             return None
-        kept = self._place / found.file.name
+        kept = place.folder / found.file.name
         check_state_file(kept, found.file, self._config, stage)
         return kept.read_bytes(), found.file.version
 
     def _write(self, stage: int, version: int, data: bytes) -> None:
-        name = f"stage-{stage}-{version}.safetensors"
-        write_durably(self._place / name, data)
+        folder, name = self._place_of(stage).folder, f"{version}.safetensors"
+        write_durably(folder / name, data)
         digest = hashlib.sha256(data).hexdigest()
         file = StateFile(name=name, size_bytes=len(data), sha256=digest, version=version)
-        described = _Description(stage=stage, saved_at=time.time(), file=file)
-        fresh = self._place / (DESCRIPTION + ".new")
-        write_durably(fresh, described.model_dump_json(indent=1).encode())
+        fresh = folder / (DESCRIPTION + ".new")
+        write_durably(fresh, _Description(saved_at=time.time(), file=file).model_dump_json(indent=1).encode())
         try:
-            os.replace(fresh, self._place / DESCRIPTION)  # noqa: PTH105 - the one step that counts
+            os.replace(fresh, folder / DESCRIPTION)  # noqa: PTH105 - the one step that counts
         except OSError as error:
-            raise CheckpointError(f"{self._place}: cannot be written: {error.strerror}") from None
-        for older in self._place.glob("stage-*.safetensors"):
+            raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from None
+        for older in folder.glob("*.safetensors"):
             if older.name != name:
                 older.unlink(missing_ok=True)
+
+
+def _age_of(place: _Place) -> float:
+    """When the state there was saved; long ago if there is none."""
+    try:
+        found = place.described()
+    except CheckpointError:
+        found = None
+    return 0.0 if found is None else found.saved_at
+
+
+def _tidy(folder: Path, run: str) -> None:
+    """Delete what other runs' processes, which have ended, left there a day ago."""
+    for lock in folder.glob(f"*/stage-*/*/{LOCK}"):
+        place = lock.parent
+        newest = max((path.stat().st_mtime for path in place.iterdir()), default=0.0)
+        if place.parent.parent.name == run or time.time() - newest <= FRESH_S:
+            continue
+        with contextlib.suppress(OSError):  # BlockingIOError: somebody is at work there
+            ended = _Place(place)
+            shutil.rmtree(place, ignore_errors=True)
+            ended.release()
+            place.parent.rmdir()  # others have places there, else
+            place.parent.parent.rmdir()

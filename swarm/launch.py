@@ -21,6 +21,7 @@ from pathlib import Path
 
 from swarm.config import LocalConfig, RunConfig
 
+STATES = "states"  # where local peers keep theirs for a restart
 STOP_S = 4.0  # beyond what a peer may take to leave
 
 
@@ -101,7 +102,7 @@ class LocalRun:
         chosen = "auto" if stage is None else str(stage)
         arguments = ["swarm.cli", "--stage", chosen, "--threads", str(local.threads)]
         arguments += ["--device-share", str(local.device_share)]
-        arguments += ["--state-folder", str(self._folder / "states")]
+        arguments += ["--state-folder", str(self._folder / STATES)]
         arguments += ["--name", f"peer-{self._numbers['peer']}", *(["--verbose"] if self._verbose else [])]
         return await self._start("peer", stage, arguments)
 

@@ -40,6 +40,8 @@ class Membership:
         self._first_s: dict[PeerId, float] = {}  # since when the others are on the roster
         self._entered_s, self._came_to_others = float("inf"), False
         self.loading = False  # announced only for others who look for a stage
+        self.kept = 0  # the version of the state that a newcomer has on its disk
+        self.coming: dict[PeerId, int] = {}  # newcomers of the stage, and what they have
         self.heading: int | None = None  # the stage that this peer is about to move to
         self.fixed = own.fixed
         self.others: dict[PeerId, PeerRecord] = {}  # those who do not load, as of the last `read`
@@ -78,17 +80,19 @@ class Membership:
         """Who else is there? Raises LinkError."""
         records = await self._directory.roster(self._own.stage)
         self.others.clear()
-        others = (record for record in records if record.peer != self._own.peer and not record.loading)
+        others = [record for record in records if record.peer != self._own.peer]
+        self.coming = {record.peer: record.version for record in others if record.loading}
+        others = [record for record in others if not record.loading]
         self.others.update({record.peer: record for record in others if not record.archives})
         now_s = asyncio.get_running_loop().time()
         self._first_s = {peer: self._first_s.get(peer, now_s) for peer in self.others}
         archives = [record.peer for record in records if record.archives]
         self.archives = [peer for peer in archives if self._archivist in (None, peer)]
 
-    async def has_begun(self, stages: int) -> bool:
-        """Has any stage of the run taken a step? Raises LinkError."""
+    async def furthest(self, stages: int) -> int:
+        """The newest version that anybody serves in any stage of the run. Raises LinkError."""
         rosters = await read_rosters(self._directory, stages)
-        return any(record.serves and record.version > 0 for roster in rosters for record in roster)
+        return max((record.version for roster in rosters for record in roster if record.serves), default=0)
 
     async def keep(self) -> None:
         """Renew the record and read the roster, every period, until cancelled."""
@@ -105,7 +109,7 @@ class Membership:
             log.info("the record could not be withdrawn; it expires by itself")
 
     def _record(self) -> PeerRecord:
-        version, speed, queue = (0, 0.0, 0) if self.loading else self._progress()
+        version, speed, queue = (self.kept, 0.0, 0) if self.loading else self._progress()
         now: dict[str, object] = {"version": version, "speed": speed, "queue": queue}
         now |= {"loading": self.loading, "heading": self.heading}
         now |= {"fixed": self.fixed, "announced_s": time.time()}

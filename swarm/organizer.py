@@ -26,7 +26,7 @@ from swarm.config import RunConfig, dump_run
 from swarm.dht import HivemindDirectory
 from swarm.errors import UserError
 from swarm.folder import claimed
-from swarm.launch import NOBODY, LocalRun, last_line
+from swarm.launch import NOBODY, STATES, LocalRun, last_line
 from swarm.manifest import pack_manifest
 from swarm.metrics import serve_metrics
 from swarm.monitor import Monitor
@@ -40,6 +40,7 @@ PEERS = "peers"  # where some could be dialled lately
 KEPT = (
     CHECKPOINTS,
     PEERS,
+    STATES,
     "identity",
 )  # of a run that is resumed: it is the same to those who have joined it
 LAST_CHECKPOINT_S = 120.0

@@ -49,6 +49,7 @@ from swarm.state import StateLoader
 from swarm.update import AppliedStep, Updater
 
 REFETCH_PAUSE_S = 0.2
+NEWER_S, FEW_STEPS = 60.0, 8  # wait so long for a newer state than one that is so far behind
 SMOOTHING = 0.3  # of rates, per announcement
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ class Peer:
         self.stage: Stage = await between_hops(self._compute, self._build)
         if self._last_state is not None:
             await self._last_state.restore(self.stage, self._compute)
+            self.membership.kept = self.stage.version
         self.server = HopServer(
             network=self._everybody,
             stage=self.stage,
@@ -220,10 +222,8 @@ class Peer:
         """Nobody has a state, or a newer one than this peer. Raises LinkError."""
         number = self._stage_number
         if self.stage.version:
-            log.info(
-                "nobody else has a state of stage %d: going on at version %d", number, self.stage.version
-            )
-        elif self.membership.archives or not await self.membership.has_begun(self.config.model.stages):
+            return await self._may_go_on()
+        if self.membership.archives or not await self.membership.furthest(self.config.model.stages):
             log.info("nobody has a state of stage %d yet: starting from the seed", number)
         else:
             log.warning(
@@ -233,6 +233,23 @@ class Peer:
             )
             await asyncio.sleep(self.config.network.announce_s)
             return False
+        return True
+
+    async def _may_go_on(self) -> bool:
+        """From its own disk, as nobody serves the stage: who has the newest state does, the others load it.
+
+        If that is far behind the other stages, somebody may come who has more. Raises LinkError.
+        """
+        number, own, waited_s = self._stage_number, self.stage.version, self._clock() - self._asked_s
+        announce_s = self.config.network.announce_s
+        newer = max(self.membership.coming.values(), default=0)
+        behind = await self.membership.furthest(self.config.model.stages) - own
+        is_old = behind > FEW_STEPS and not self.membership.archives
+        if waited_s < announce_s or ((newer > own or is_old) and waited_s < NEWER_S):
+            await self.membership.enter()  # let others see what this one has
+            await asyncio.sleep(announce_s)
+            return False
+        log.info("nobody else has a state of stage %d: going on at version %d", number, own)
         return True
 
     async def run(self) -> None:
@@ -281,6 +298,8 @@ class Peer:
         held = await between_hops(self._compute, lambda: self.stage.part_with(frozen=not undecided))
         if held.microbatches and self.server.may_count(held):
             await self._hand_over(held)
+        if self._last_state is not None:
+            await self._last_state.save(self.stage, self._compute)
 
     async def _hand_over(self, held: Accumulator) -> None:
         routes = self.server.routes_of(held)

@@ -19,7 +19,7 @@ from swarm.compute import ComputeThread, spread_over
 from swarm.config import RunConfig
 from swarm.directory import Directory, all_rosters
 from swarm.errors import UserError
-from swarm.last_state import LastState, place_in
+from swarm.last_state import LastState
 from swarm.loading import shown_loading
 from swarm.manifest import Manifest
 from swarm.metrics import MetricsSender
@@ -84,9 +84,9 @@ async def serve(options: PeerOptions) -> int:
                     threads, device_share=options.device_share, elsewhere=not device.startswith("cpu")
                 )
                 compute_open.callback(compute.close)
-                if options.state_folder is not None:
-                    place = compute_open.enter_context(place_in(options.state_folder, manifest.run))
-                    last_state = None if place is None else LastState(place, config)
+                # Strict runs go on only where all stages stand at one step: from the archive's.
+                if options.state_folder is not None and not config.training.strict:
+                    last_state = LastState(options.state_folder, config, manifest.run)
 
                 def make_peer(stage: int) -> Peer:
                     return Peer(
@@ -107,9 +107,11 @@ async def serve(options: PeerOptions) -> int:
                     make_peer=make_peer,
                     stage=options.stage,
                 )
-            await _take_part(peer, here, manifest, on_joined=bar.close)
-            if last_state is not None:
-                await last_state.close()
+            try:
+                await _take_part(peer, here, manifest, on_joined=bar.close)
+            finally:
+                if last_state is not None:
+                    await asyncio.shield(last_state.close())
     return 0
 
 

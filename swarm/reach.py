@@ -17,16 +17,17 @@ log = logging.getLogger(__name__)
 
 
 async def reachable(addresses: Sequence[str]) -> list[str]:
-    """Those where somebody listens; of addresses that are not plain TCP nobody knows."""
+    """Those where somebody listens; of addresses that are not plain TCP nobody knows, so not those."""
     alive = await asyncio.gather(*map(_listens, addresses))
     return [address for address, listening in zip(addresses, alive, strict=True) if listening]
 
 
 async def some_reachable(addresses: Sequence[str], *, patience_s: float = PATIENCE_S) -> list[str]:
-    """As soon as somebody listens at one of them, those where somebody does. Raises NoAnswerError."""
+    """As soon as somebody listens at one of them, those where somebody may. Raises NoAnswerError."""
     time_s = asyncio.get_running_loop().time
     end_s, told = time_s() + patience_s, False
-    while addresses and not (found := await reachable(addresses)):
+    unknown = [address for address in addresses if _TCP_ADDRESS.match(address) is None]
+    while addresses and not (found := [*await reachable(addresses), *unknown]):
         if time_s() > end_s:
             raise NoAnswerError(
                 f"no answer from {', '.join(addresses)} within {patience_s:.0f} s: check that the organizer "
@@ -42,7 +43,7 @@ async def some_reachable(addresses: Sequence[str], *, patience_s: float = PATIEN
 async def _listens(address: str) -> bool:
     found = _TCP_ADDRESS.match(address)
     if found is None:
-        return True
+        return False
     try:
         async with asyncio.timeout(DIAL_S):
             _, writer = await asyncio.open_connection(found[1], int(found[2]))

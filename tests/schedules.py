@@ -22,7 +22,7 @@ from typing import TypeVar
 from averaging import virtual_time
 from averaging.memory_network import Link
 from tests.invariants import Invariants
-from tests.sim import PACKAGES, Sim, SimPeer, SimVolunteer, tiny_run
+from tests.sim import PACKAGES, Node, Sim, SimPeer, SimVolunteer, tiny_run
 from trainers import events as ev
 from trainers.ledger import Ledger
 
@@ -59,7 +59,7 @@ class Schedule:
         self.counted = self.settled_below = 0  # microbatches issued while things break; all below are settled
         self.is_over = False  # nothing more will be broken
         self.shrunk = 0  # peers that nobody has replaced yet
-        self.lost_stages = set[int]()
+        self.lost: list[set[Node]] = [set(), set(), set()]  # states that there were when a stage was lost
         self.reached = [0, 0, 0]  # the version that all peers of a stage had, as the trainer knew them
 
     def spy(self, ledger: Ledger) -> None:
@@ -125,6 +125,8 @@ class Schedule:
 
     def dump(self) -> None:
         """Note what hangs: the microbatches that are not settled and the peers' steps."""
+        if not hasattr(self.sim, "pipeline"):
+            return
         for flight in list(self.sim.pipeline.ledger._flights.values()):
             if int.from_bytes(flight.id, "big") < self.counted:
                 self.note(f"{int.from_bytes(flight.id, 'big')} attempt {flight.attempt} {flight.unplaced}")
@@ -247,7 +249,7 @@ class Schedule:
     async def lose_stage(self, stage: int) -> None:
         """All of its peers at once; fresh ones come, to whatever the archive has."""
         sim = self.sim
-        self.lost_stages.add(stage)
+        self.lost[stage] |= {node for node in sim.contents if node[0] == stage}
         for peer in [p for p in sim.peers.values() if p.stage == stage]:
             self.note(f"kill {peer.id}, and with it stage {stage}")
             self.invariants.hurt(peer.id)
@@ -281,9 +283,7 @@ class Schedule:
 
     def gone_with_its_peers(self, stage: int) -> set[bytes]:
         """What a stage may have taken in and have no more: if it was lost, the steps since the archive's."""
-        if stage not in self.lost_stages:
-            return set()
-        return {m for (s, *_), inside in self.sim.contents.items() if s == stage for m, _ in inside}
+        return {m for node in self.lost[stage] for m, _ in self.sim.contents[node]}
 
 
 def stays(peer: SimPeer | SimVolunteer) -> bool:

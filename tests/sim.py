@@ -196,6 +196,8 @@ class Sim:
 
             def logged(frozen: Accumulator) -> torch.Tensor:
                 contributed[frozen.step] = list(frozen.microbatches)
+                if len(set(frozen.microbatches)) < len(frozen.microbatches):
+                    self.errors.append(f"{peer_id} has a gradient twice in step {frozen.step}")
                 self.on_freeze(peer_id)
                 return mean(frozen)
 

@@ -76,3 +76,22 @@ def test_what_others_take_of_a_core_is_nothing_to_rest_from():
         assert time.monotonic() - began_s < 2, "it had waited, not computed"
     finally:
         compute.close()
+
+
+def test_however_much_steps_take_hops_go_on():
+    compute = ComputeThread(1, device_share=0.2, elsewhere=True)
+    try:
+        done = threading.Event()
+
+        def step_again() -> None:
+            time.sleep(0.05)
+            if not done.is_set():
+                threading.Timer(0.05, compute.submit, (Priority.STEP, step_again)).start()
+
+        compute.submit(Priority.STEP, step_again)  # half of the time, more than the share allows
+        hops = [compute.submit(Priority.FORWARD, lambda: time.sleep(0.01)) for _ in range(20)]
+        hops[-1].result(10)
+        assert compute.busy_s < 5
+    finally:
+        done.set()
+        compute.close()

@@ -113,6 +113,8 @@ def test_who_has_fallen_silent_is_in_no_plan_until_it_reports_again(back):
         async def plan_of(name):
             while True:
                 message = pb.FromCoordinator.FromString((await streams[name].receive()).header)
+                if message.WhichOneof("content") == "moved":
+                    return message.moved
                 if message.WhichOneof("content") == "plan":
                     return sorted(member.peer for member in message.plan.members)
 
@@ -127,5 +129,6 @@ def test_who_has_fallen_silent_is_in_no_plan_until_it_reports_again(back):
         for name in ("a", "b"):
             await report(name, 4.0)
         assert await plan_of("b") == (["a", "b", "c"] if back else ["a", "b"])
+        assert await plan_of("c") == (["a", "b", "c"] if back else "a"), "it is to report anew, nothing more"
 
     virtual_time.run(main())

@@ -1,5 +1,7 @@
 """A peer's own state on disk: found by whoever is started again, used only if it is of use."""
 
+import asyncio
+import errno
 import json
 import os
 import time
@@ -8,7 +10,7 @@ import pytest
 
 from averaging import virtual_time
 from swarm.compute import VirtualCompute
-from swarm.last_state import DESCRIPTION, FRESH_S, LastState, place_in
+from swarm.last_state import DESCRIPTION, FRESH_S, LOCK, LastState
 from tests.sim import Sim, tiny_run
 from tests.test_checkpoint import stage_of
 
@@ -18,7 +20,18 @@ async def at_once(work):
 
 
 def last_state(folder, config) -> LastState:
-    return LastState(folder, config, in_thread=at_once)
+    """As a process has it; one that dies is closed, as its locks end with it."""
+    return LastState(folder, config, "run", in_thread=at_once)
+
+
+def place(folder, stage: int = 1, number: int = 0):
+    return folder / "run" / f"stage-{stage}" / str(number)
+
+
+async def saved(folder, config, stage, compute) -> None:
+    state = last_state(folder, config)
+    await state.save(stage, compute)
+    await state.close()
 
 
 def in_time(test) -> None:
@@ -32,13 +45,13 @@ def test_what_was_saved_is_found_again_bit_by_bit(tmp_path):
     config = tiny_run()
 
     async def test(compute):
-        saved = stage_of(config, 1, 3)
-        for stage in (stage_of(config, 1, 2), saved):
-            await last_state(tmp_path, config).save(stage, compute)
+        newest = stage_of(config, 1, 3)
+        for stage in (stage_of(config, 1, 2), newest):
+            await saved(tmp_path, config, stage, compute)
         again = stage_of(config, 1, 0)
         assert await last_state(tmp_path, config).restore(again, compute)
-        assert (again.version, again.hash()) == (3, saved.hash())
-        assert len(list(tmp_path.glob("*.safetensors"))) == 1, "only the newest is kept"
+        assert (again.version, again.hash()) == (3, newest.hash())
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 1, "only the newest is kept"
 
     in_time(test)
 
@@ -70,8 +83,8 @@ def test_a_damaged_one_changes_nothing_and_is_told_in_a_line(tmp_path, spoil, ca
     config = tiny_run()
 
     async def test(compute):
-        await last_state(tmp_path, config).save(stage_of(config, 1, 3), compute)
-        spoil(tmp_path)
+        await saved(tmp_path, config, stage_of(config, 1, 3), compute)
+        spoil(place(tmp_path))
         fresh = stage_of(config, 1, 0)
         before = fresh.hash()
         assert not await last_state(tmp_path, config).restore(fresh, compute)
@@ -87,75 +100,132 @@ def test_of_another_stage_or_another_day_it_is_not_used(tmp_path):
     config = tiny_run()
 
     async def test(compute):
-        await last_state(tmp_path, config).save(stage_of(config, 1, 3), compute)
+        await saved(tmp_path, config, stage_of(config, 1, 3), compute)
         assert not await last_state(tmp_path, config).restore(stage_of(config, 2, 0), compute)
-        described = json.loads((tmp_path / DESCRIPTION).read_text())
+        path = place(tmp_path) / DESCRIPTION
+        described = json.loads(path.read_text())
         described["saved_at"] -= FRESH_S + 1
-        (tmp_path / DESCRIPTION).write_text(json.dumps(described))
+        path.write_text(json.dumps(described))
         assert not await last_state(tmp_path, config).restore(stage_of(config, 1, 0), compute)
 
     in_time(test)
 
 
-def test_processes_of_a_run_have_places_of_their_own_and_who_is_started_again_has_the_old_one(tmp_path):
-    with place_in(tmp_path, "run") as first, place_in(tmp_path, "run") as second:
-        assert first != second
-    with place_in(tmp_path, "run") as again:
-        assert again == first
+def test_processes_that_start_in_another_order_find_what_their_stages_have_left(tmp_path):
+    config = tiny_run()
+
+    async def test(compute):
+        first, second, third = (last_state(tmp_path, config) for _ in range(3))
+        for state, number, step in ((first, 0, 3), (second, 1, 4), (third, 1, 5)):
+            await state.save(stage_of(config, number, step), compute)
+        for state in (first, second, third):
+            await state.close()
+        living = [last_state(tmp_path, config) for _ in range(3)]
+        for state, number, step in zip(living, (1, 1, 0), (5, 4, 3), strict=True):  # the newest first
+            again = stage_of(config, number, 0)
+            assert await state.restore(again, compute)
+            assert again.version == step
+
+    in_time(test)
 
 
-def test_what_runs_of_older_days_have_left_is_tidied_away_and_nothing_else(tmp_path):
-    bystander = tmp_path / "notes.txt"
-    bystander.write_text("mine")
-    for run, age_s in (("old", FRESH_S + 60), ("recent", 60)):
-        with place_in(tmp_path, run) as place:
-            (place / DESCRIPTION).write_text("{}")
-            os.utime(place / DESCRIPTION, (time.time() - age_s,) * 2)
-    with place_in(tmp_path, "new"):
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "notes.txt", "recent"]
+def test_what_other_runs_of_older_days_have_left_is_tidied_away_and_nothing_else(tmp_path):
+    config = tiny_run()
+    (tmp_path / "notes.txt").write_text("mine")
+
+    async def test(compute):
+        living = LastState(tmp_path, config, "living", in_thread=at_once)
+        for state in (
+            living,
+            *(LastState(tmp_path, config, run, in_thread=at_once) for run in ("old", "new")),
+        ):
+            await state.save(stage_of(config, 1, 1), compute)
+            if state is not living:
+                await state.close()
+        for run in ("old", "living"):
+            for path in (tmp_path / run / "stage-1" / "0").iterdir():
+                os.utime(path, (time.time() - FRESH_S - 60,) * 2)
+        await last_state(tmp_path, config).restore(stage_of(config, 1, 0), compute)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["living", "new", "notes.txt", "run"]
+        assert (tmp_path / "living" / "stage-1" / "0" / LOCK).exists()
+
+    in_time(test)
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_not_to_serve(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    with (
-        caplog.at_level("WARNING", logger="swarm.last_state"),
-        place_in(tmp_path / "file", "run") as place,
-    ):
-        assert place is None
-    assert "no state will be kept" in caplog.text
+    config = tiny_run()
+
+    async def test(compute):
+        state = last_state(tmp_path / "file", config)
+        assert not await state.restore(stage_of(config, 1, 0), compute)
+        await state.save(stage_of(config, 1, 1), compute)
+
+    with caplog.at_level("WARNING", logger="swarm.last_state"):
+        in_time(test)
+    assert "cannot be used" in caplog.messages[0] and "no state is kept for a restart" in caplog.messages[1]
 
 
-def test_a_stage_whose_peers_have_all_lost_power_goes_on_from_their_disks(tmp_path):
+def test_a_disk_that_is_full_keeps_what_was_there_and_no_half_of_a_file(tmp_path, monkeypatch):
+    config = tiny_run()
+
+    async def test(compute):
+        await saved(tmp_path, config, stage_of(config, 1, 3), compute)
+
+        def full(descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("swarm.checkpoint.os.fsync", full)
+            await saved(tmp_path, config, stage_of(config, 1, 4), compute)
+        assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["3.safetensors"]
+        again = stage_of(config, 1, 0)
+        assert await last_state(tmp_path, config).restore(again, compute) and again.version == 3
+
+    in_time(test)
+
+
+def version_on(disk) -> int:
+    found = json.loads((place(disk) / DESCRIPTION).read_text())["file"]
+    return found["version"]
+
+
+def test_a_stage_whose_peers_have_all_lost_power_goes_on_from_the_newest_of_their_disks(tmp_path):
+    """Also if the one with an old state is back first."""
+
     async def main():
         from tests.test_swarm import train
 
         sim = Sim(tiny_run("archive.every_steps=0"), 0)
-        for stage in range(3):
-            for number in range(2):
-                folder = tmp_path / f"{stage}-{number}"
-                folder.mkdir()
-                await sim.start_peer(stage, last_state(folder, sim.config))
+        for stage in (0, 0, 2, 2):
+            await sim.start_peer(stage)
+        often = LastState(tmp_path / "often", sim.config, "run", every_s=0, in_thread=at_once)
+        once = LastState(tmp_path / "once", sim.config, "run", every_s=1e9, in_thread=at_once)
+        victims = [await sim.start_peer(1, state) for state in (often, once)]
         await sim.start_trainer()
         await sim.until(lambda: sim.pipeline.ready_stages == 3 and sim.all_acquainted())
         await train(sim, 60)
-        victims = [p for p in sim.peers.values() if p.stage == 1]
+        newest = max(sim.peers[victim].peer.stage.version for victim in victims)
+        await often.save(sim.peers[victims[0]].peer.stage, sim.peers[victims[0]].compute)
         for victim in victims:
-            sim.kill(victim.id)
-        kept = json.loads((tmp_path / "1-0" / DESCRIPTION).read_text())["file"]["version"]
-        assert kept > 0
-        back = await sim.start_peer(1, last_state(tmp_path / "1-0", sim.config))
-        await sim.until(lambda: back in sim.pipeline._heard_s, 60)
-        assert sim.peers[back].peer.stage.version >= kept
-        late = await sim.start_peer(1, last_state(tmp_path / "1-1", sim.config))
+            sim.kill(victim)
+        for state in (often, once):
+            await state.close()
+        assert version_on(tmp_path / "once") == 1 < newest - 1 <= version_on(tmp_path / "often")
+        first = await sim.start_peer(1, last_state(tmp_path / "once", sim.config))
+        await asyncio.sleep(0.5)
+        second = await sim.start_peer(1, last_state(tmp_path / "often", sim.config))
+        await sim.until(lambda: {first, second} <= {*sim.pipeline._heard_s}, 90)
+        assert min(sim.peers[peer].peer.stage.version for peer in (first, second)) >= newest - 1
         await train(sim, 40, first=60)
-        await sim.until(lambda: late in sim.pipeline._heard_s, 60)
-        assert sim.peers[late].peer.stage.version > kept
         assert not sim.errors, sim.errors
 
     virtual_time.run(main())
 
 
-def test_a_peer_that_is_back_at_once_transfers_nothing(tmp_path, caplog):
+def test_a_peer_that_is_back_before_the_next_step_transfers_nothing(tmp_path, caplog):
+    """It was asked to leave, and saves what it has when it does."""
+
     async def main():
         from tests.test_swarm import train
 
@@ -168,9 +238,9 @@ def test_a_peer_that_is_back_at_once_transfers_nothing(tmp_path, caplog):
         await sim.start_trainer()
         await sim.until(lambda: sim.pipeline.ready_stages == 3 and sim.all_acquainted())
         await train(sim, 60)
-        await mine.save(sim.peers[me].peer.stage, sim.peers[me].compute)
         version = sim.peers[me].peer.stage.version
-        sim.kill(me)
+        await sim.terminate(me)
+        await mine.close()
         with caplog.at_level("INFO", logger="swarm.state"):
             back = await sim.start_peer(1, last_state(tmp_path, sim.config))
             await sim.until(lambda: back in sim.pipeline._heard_s, 60)
