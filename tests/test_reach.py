@@ -33,7 +33,7 @@ def test_who_comes_within_the_time_is_found_and_else_it_is_told():
             asyncio.get_running_loop().call_later(0.3, late.listen)
             assert await some_reachable([address], patience_s=5) == [address]
         with pytest.raises(
-            NoAnswerError, match="no answer from .* within 1 s: check that the organizer runs"
+            NoAnswerError, match=r"no answer from .* within 1 s: check that the organizer runs"
         ):
             await some_reachable([DEAD], patience_s=1)
         assert await some_reachable([]) == []
