@@ -382,3 +382,17 @@ def test_what_a_stages_only_peer_brings_back_is_not_computed_again_by_it_for_eve
     commands = ledger.handle(PeerReady(0, "0a", 1), 3.0)
     assert not [c for c in commands if isinstance(c, PushTokens)]
     assert ledger.unsettled == 0
+
+
+def test_what_a_peer_brings_back_leaves_the_microbatch_with_a_peer_at_every_stage():
+    """Another of its hops is still to be given away: its route names them all."""
+    ledger = make_ledger(pool=1, retain_until_step=True)
+    carry(ledger, issue(ledger), down_to=2)  # stage 2 has accumulated, the others have not
+    ledger.handle(PeerGone("0a", silent=False), 2.0)
+    ledger.handle(SteppedEvent(0, "0a", 1, frozenset((M,)), whole=True), 3.0)
+    ledger.handle(PeerReady(0, "0a", 1), 3.0)
+    ledger.handle(PeerGone("2a", silent=False), 4.0)
+    commands = ledger.handle(PeerReady(2, "2a", 0), 5.0)
+    routes = [command.route for command in commands if isinstance(command, Resend | PushTokens)]
+    assert routes and all(route.peers == ("0a", "1a", "2a") for route in routes)
+    assert all(0 in route.accumulated for route in routes), "nobody counts it again at stage 0"

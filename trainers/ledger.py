@@ -166,17 +166,24 @@ class Ledger:
         self._stage_of[event.peer] = event.stage
         self._evidence[event.stage].ready(event.peer, event.version)
         self._wirings[event.stage].add(event.peer)
-        commands = self._brought_back(event.stage, now_s)
+        commands = self._brought_back(event.peer, event.stage, now_s)
         for flight in [flight for flight in self._flights.values() if flight.unplaced]:
             commands += self._router.place(flight, now_s)
         return commands
 
-    def _brought_back(self, stage: int, now_s: float) -> list[Command]:
+    def _brought_back(self, peer: PeerId, stage: int, now_s: float) -> list[Command]:
         """A peer has come, perhaps with what was thought gone with others: that is not computed again."""
         evidence, commands = self._evidence[stage], list[Command]()
         for flight in list(self._flights.values()):
-            if flight.hops[stage].phase < Phase.ACCUMULATED and evidence.is_held(flight.id):
-                commands += self._inside(flight, stage, evidence.step_of(flight.id), now_s)
+            hop = flight.hops[stage]
+            if hop.phase >= Phase.ACCUMULATED or not evidence.is_held(flight.id):
+                continue
+            commands += self._inside(flight, stage, evidence.step_of(flight.id), now_s)
+            if hop.peer not in self._stage_of and flight.id in self._flights:
+                hop.peer = peer  # a route has a peer at every stage
+                flight.touched.add(peer)
+                if flight.is_awaited(stage):
+                    commands += self._router.place(flight, now_s, suppliers={stage})
         return commands
 
     def _gone(self, event: PeerGone, now_s: float) -> list[Command]:
