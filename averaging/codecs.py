@@ -57,7 +57,8 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).cpu().numpy().data
 
 
-def _from_bytes(data: Buffer, dtype: torch.dtype) -> torch.Tensor:
+def from_bytes(data: Buffer, dtype: torch.dtype) -> torch.Tensor:
+    """Its values, not copied if the bytes may be written."""
     view = memoryview(data)
     return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=dtype)  # none is read-only
 
@@ -80,7 +81,7 @@ class _Cast:
         _check_length(self, data, shape)
         if not _count(shape):
             return torch.zeros(shape)
-        source = _from_bytes(data, self._dtype).view(shape)
+        source = from_bytes(data, self._dtype).view(shape)
         tensor = source.to(torch.float32) if out is None else out.copy_(source)
         if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
             raise CodecError("tensor is not finite")
@@ -171,10 +172,10 @@ class _TopK:
         if not values:
             return torch.zeros(shape)
         blocks, view = _blocks(values, TOP_BLOCK), memoryview(data)
-        kept = _from_bytes(view[: 2 * TOP_KEPT * blocks], torch.bfloat16).view(blocks, TOP_KEPT)
+        kept = from_bytes(view[: 2 * TOP_KEPT * blocks], torch.bfloat16).view(blocks, TOP_KEPT)
         if not bool(torch.isfinite(kept).all()):
             raise CodecError("tensor is not finite")
-        position = _from_bytes(view[2 * TOP_KEPT * blocks :], torch.uint8).view(blocks, TOP_KEPT)
+        position = from_bytes(view[2 * TOP_KEPT * blocks :], torch.uint8).view(blocks, TOP_KEPT)
         rows = torch.zeros(blocks, TOP_BLOCK).scatter_(1, position.long(), kept.float())
         tensor = rows.view(-1)[:values].view(shape)
         return tensor if out is None else out.copy_(tensor)
@@ -187,10 +188,20 @@ def _blocks(values: int, block: int) -> int:
 def in_steps(tensor: torch.Tensor, block: int, most: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale [blocks], values in steps of it, from -most to most [blocks, block]), filled up with zeros."""
     rows = in_blocks(tensor.detach().to(torch.float32).reshape(-1), block)
+    scale = largest_of(rows).div_(most)
+    return scale, in_units(rows, scale)
+
+
+def largest_of(rows: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of every block [blocks]."""
     # Not `aminmax`: along the innermost dimension it takes ten times as long as these two.
-    scale = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).div_(most)
+    return torch.maximum(rows.amax(dim=1), -rows.amin(dim=1))
+
+
+def in_units(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The values of every block in units of its scale, zeros if that is none."""
     inverse = torch.where(scale > 0, scale.reciprocal(), torch.zeros_like(scale)).clamp_(max=3e38)
-    return scale, torch.mul(rows, inverse.unsqueeze(1))
+    return torch.mul(rows, inverse.unsqueeze(1))
 
 
 def in_blocks(flat: torch.Tensor, block: int) -> torch.Tensor:
@@ -209,7 +220,7 @@ def _parted(data: Buffer, blocks: int, dtype: torch.dtype, most: int) -> tuple[t
 
 def _split(data: Buffer, blocks: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     view = memoryview(data)
-    return _from_bytes(view[: 4 * blocks], torch.float32), _from_bytes(view[4 * blocks :], dtype)
+    return from_bytes(view[: 4 * blocks], torch.float32), from_bytes(view[4 * blocks :], dtype)
 
 
 def _filled_up(flat: torch.Tensor, values: int) -> torch.Tensor:

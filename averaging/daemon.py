@@ -46,10 +46,7 @@ async def start_daemon(
                 f"port {port} on {listen} is taken by another process; choose another with --port"
             ) from None
         if join:
-            raise NoAnswerError(
-                f"no answer from {', '.join(join)} within {DAEMON_START_S:.0f} s: check that the organizer "
-                "runs, that the address is copied whole, and that its port is reachable from here"
-            ) from None
+            raise no_answer(join, DAEMON_START_S) from None
         raise UserError(f"the libp2p daemon did not start: {text}") from None
     _let_it_end(p2p)
     return p2p
@@ -69,6 +66,14 @@ def _let_it_end(p2p: P2P) -> None:
 def _look_at_error(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.debug("the libp2p daemon's control connection ended: %r", error)
+
+
+def no_answer(join: Sequence[str], within_s: float) -> NoAnswerError:
+    """What a user can do about it."""
+    return NoAnswerError(
+        f"no answer from {', '.join(join)} within {within_s:.0f} s: check that the organizer runs, that the "
+        "address is copied whole, and that its port is reachable from here"
+    )
 
 
 def check_address(address: str) -> None:

@@ -9,7 +9,7 @@ codec need not be known: a block is what it looks like; if it looks like nothing
 
 import torch
 
-from averaging.codecs import INT8_BLOCK, in_blocks
+from averaging.codecs import INT8_BLOCK, from_bytes, in_blocks, in_units, largest_of
 from averaging.errors import CodecError
 from averaging.network import Buffer
 
@@ -35,7 +35,7 @@ def unpack(data: Buffer, values: int) -> torch.Tensor:
     view, blocks = memoryview(data), -(-values // INT8_BLOCK)
     if len(view) < blocks:
         raise CodecError(f"{len(view)} bytes are no vector of {values} values")
-    kinds = torch.frombuffer(bytearray(view[:blocks]), dtype=torch.uint8) if blocks else torch.empty(0)
+    kinds = from_bytes(view[:blocks], torch.uint8) if blocks else torch.empty(0)
     counts = [int((kinds == kind).sum()) for kind in (FULL, HALF, STEPS)]
     row_bytes = (4 * INT8_BLOCK, 2 * INT8_BLOCK, 4 + INT8_BLOCK)
     sizes = [count * size for count, size in zip(counts, row_bytes, strict=True)]
@@ -47,7 +47,7 @@ def unpack(data: Buffer, values: int) -> torch.Tensor:
     def taken(dtype: torch.dtype, count: int, width: int) -> torch.Tensor:
         nonlocal at
         begin, at = at, at + count * width * dtype.itemsize
-        return torch.frombuffer(bytearray(view[begin:at]), dtype=dtype).view(count, width)
+        return from_bytes(view[begin:at], dtype).view(count, width)
 
     if counts[FULL]:
         rows[kinds == FULL] = taken(torch.float32, counts[FULL], INT8_BLOCK)
@@ -64,7 +64,7 @@ def unpack(data: Buffer, values: int) -> torch.Tensor:
 
 def _in_steps(rows: torch.Tensor, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(scale [blocks], codes [blocks, 512] int8, which of the blocks they give, bit by bit [blocks])."""
-    largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1))
+    largest = largest_of(rows)
     scale, found = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
     codes = torch.zeros(rows.shape, dtype=torch.int8)
     left = torch.isfinite(largest).nonzero().view(-1)
@@ -74,8 +74,7 @@ def _in_steps(rows: torch.Tensor, bits: torch.Tensor) -> tuple[torch.Tensor, tor
         whole = len(left) == len(rows)
         some, their_bits = (rows, bits) if whole else (rows[left], bits[left])
         guess = _moved((largest if whole else largest[left]) / 127.0, ulps)
-        inverse = torch.where(guess > 0, guess.reciprocal(), torch.zeros_like(guess)).clamp_(max=3e38)
-        numbers = torch.mul(some, inverse.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
+        numbers = in_units(some, guess).round_().clamp_(-127, 127).to(torch.int8)
         good = ((numbers * guess.unsqueeze(1)).view(torch.int32) == their_bits).all(dim=1)
         at = left[good]
         scale[at], codes[at], found[at] = guess[good], numbers[good], True

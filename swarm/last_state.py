@@ -145,25 +145,21 @@ class LastState:
         try:
             if not self._places:
                 _tidy(self._folder, self._run)
-            taken = 0
-            for number in range(PLACES):
-                known = (parent / str(number)).exists()
-                if not known and free:
+            for place in (parent / str(number) for number in range(PLACES)):
+                if free and not place.exists():
                     break
-                try:
-                    free.append(_Place(parent / str(number)))
-                except BlockingIOError:
-                    taken += 1
+                with contextlib.suppress(BlockingIOError):
+                    free.append(_Place(place))
         except OSError as error:
-            for place in free:
-                place.release()
+            for taken in free:
+                taken.release()
             raise CheckpointError(f"{parent}: cannot be written: {error.strerror}") from None
         if not free:
-            raise CheckpointError(f"{parent}: {taken} processes keep their states there already")
+            raise CheckpointError(f"{parent}: {PLACES} processes keep their states there already")
         best = max(free, key=_age_of)
-        for place in free:
-            if place is not best:
-                place.release()
+        for other in free:
+            if other is not best:
+                other.release()
         self._places[stage] = best
         return best
 

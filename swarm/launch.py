@@ -126,13 +126,17 @@ class LocalRun:
         self.children.append(child)
         return child
 
+    def dispensable(self, serving: Sequence[str]) -> list[Child]:
+        """Peers of these names whose stage has another one."""
+        peers = [c for c in self.children if c.kind == "peer" and c.running and c.name in serving]
+        return [c for c in peers if sum(other.stage == c.stage for other in peers) > 1]
+
     def kill_one(self, serving: Sequence[str]) -> Kill | None:
         """SIGKILL a random peer among those that serve, never the last of a stage (its state is there)."""
-        peers = [c for c in self.children if c.kind == "peer" and c.running and c.name in serving]
-        mates = [c for c in peers if sum(other.stage == c.stage for other in peers) > 1]
-        if not mates:
+        able = self.dispensable(serving)
+        if not able:
             return None
-        victim = self._rng.choice(mates)
+        victim = self._rng.choice(able)
         assert victim.stage is not None
         victim.process.kill()
         kill = Kill(victim.name, victim.stage, time.time())

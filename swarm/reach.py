@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Sequence
 
-from averaging.errors import NoAnswerError
+from averaging.daemon import no_answer
 
 DIAL_S, AGAIN_S = 1.0, 0.5
 PATIENCE_S = 20.0  # an organizer that is started again is back by then
@@ -29,10 +29,7 @@ async def some_reachable(addresses: Sequence[str], *, patience_s: float = PATIEN
     unknown = [address for address in addresses if _TCP_ADDRESS.match(address) is None]
     while addresses and not (found := [*await reachable(addresses), *unknown]):
         if time_s() > end_s:
-            raise NoAnswerError(
-                f"no answer from {', '.join(addresses)} within {patience_s:.0f} s: check that the organizer "
-                "runs, that the address is copied whole, and that its port is reachable from here"
-            )
+            raise no_answer(addresses, patience_s)
         if not told:
             told = True
             log.info("no answer from %s: trying for %.0f s", ", ".join(addresses), patience_s)

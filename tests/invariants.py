@@ -28,9 +28,8 @@ class Invariants:
     def __init__(self, sim: Sim) -> None:
         self.sim = sim
         self.looks = 0
-        self._versions: dict[
-            int, tuple[Peer, int]
-        ] = {}  # by identity: a volunteer is one peer after the other
+        # By identity: a volunteer is one peer after the other.
+        self._versions: dict[int, tuple[Peer, int]] = {}
         self._serving: list[tuple[PeerId, int]] = []  # who serves which stage
         self._served: set[tuple[PeerId, int]] = set()
         self._hurt_s = [float("-inf")] * 3  # when the last fault hit a stage

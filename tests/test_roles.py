@@ -59,18 +59,10 @@ class Swarm:
 
     def start_peer(self, stage: int) -> str:
         name = f"{len(self.processes.all)}.log"
-        command = [
-            "swarm-peer",
-            "--stage",
-            str(stage),
-            "--threads",
-            "1",
-            "--device-share",
-            "0.2",
-            "--verbose",
-        ]
-        states = ["--state-folder", str(self.folder / "states" / str(next(self.numbers)))]
-        self.peers[name] = stage, self.processes.start([*command, *states, *self.join])
+        states = str(self.folder / "states" / str(next(self.numbers)))
+        options = ["--threads", "1", "--device-share", "0.2", "--state-folder", states, "--verbose"]
+        command = ["swarm-peer", "--stage", str(stage), *options, *self.join]
+        self.peers[name] = stage, self.processes.start(command)
         return name
 
     def text(self, name: str) -> str:

@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -49,13 +48,14 @@ class Minutes:
     dealt: Counter[str] = field(default_factory=Counter)
     away: set[str] = field(default_factory=set)  # peers that run but do not serve: stopped, or leaving
     organizer_away: bool = False
+    port: str = "0"  # the organizer's; at first any
     shares: list[float] = field(default_factory=list)  # of the peers of the weakest stage, over time
 
     async def carry_out(self, *, faults: bool) -> dict[str, Any]:
         """Returns what the organizer's summary holds."""
-        self.port = _free_port()
         await self._start_organizer()
         address = await self._told("the organizer's address", self._run_folder / "address")
+        self.port = address.split("/")[4]  # it will be there again
         self.local = LocalRun(self.config, address, self.folder / "local", seed=self.options.seed)
         ending: list[asyncio.Task[None]] = []
         try:
@@ -92,7 +92,7 @@ class Minutes:
         command = ["-m", "trainers.cli", "run", str(RUN_FILE), "--folder", str(self.folder)]
         with (self.folder / f"organizer-{self.dealt['organizer']}.log").open("wb") as output:
             self.organizer = await asyncio.create_subprocess_exec(
-                *(sys.executable, *command, "--port", str(self.port), *sets, *more),
+                *(sys.executable, *command, "--port", self.port, *sets, *more),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -126,9 +126,7 @@ class Minutes:
                 tasks.create_task(self._strike(kind, rng.choice(able)))
 
     def _able(self) -> list[Child]:
-        serving = self._serving()
-        pools = Counter(child.stage for child in serving)
-        return [child for child in serving if pools[child.stage] > 1]
+        return self.local.dispensable([child.name for child in self._serving()])
 
     async def _strike(self, kind: str, victim: Child) -> None:
         self._tell(f"{kind} {victim.name} of stage {victim.stage}")
@@ -183,13 +181,6 @@ class Minutes:
                 logs = sorted(self.folder.glob("organizer-*.log"))
                 raise SystemExit(f"{what}: not within {limit_s:.0f} s; organizer: {last_line(logs[-1])}")
             await asyncio.sleep(LOOK_S)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def tokens_per_s(evaluations: list[dict[str, float]]) -> float:
