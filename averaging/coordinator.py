@@ -46,6 +46,7 @@ ALIVE = pb.FromCoordinator(alive=True).SerializeToString()
 OPEN_BALLOTS = 8
 REMEMBERED_PLANS = 256
 MAX_IDS, ID_BYTES = 16_384, 16  # of one member in one step
+TOO_FEW = "too few members are left"
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Ballot:
     step: int
     reports: dict[PeerId, Report] = field(default_factory=dict)
     streams: dict[PeerId, Stream] = field(default_factory=dict)
+    heard_s: dict[PeerId, float] = field(default_factory=dict)  # when each reporter last said anything
     reached_s: float | None = None  # when the target was reached
     plan: Plan | None = None
     closed_s: float | None = None  # when the plan was made
@@ -136,9 +138,9 @@ class Coordinator:
         """Serve one reporter from its first report to the verdict."""
         peer = stream.remote
         ballot: Ballot | None = None
-        time_s = asyncio.get_running_loop().time
+        rules, time_s = self._rules, asyncio.get_running_loop().time
         try:
-            report = await self._receive(stream)
+            report = await self._receive(stream, rules.silence_s)
             if report is None or report.WhichOneof("content") != "report":
                 raise ProtocolError(peer, "does not begin with a report")
             if peer not in self._expected():
@@ -154,23 +156,20 @@ class Coordinator:
                 return await self._linger(stream)
             ballot = self._ballot(step)
             ballot.streams[peer] = stream
-            async with kept_alive(stream, ALIVE, self._rules.silence_s):
-                heard_s = time_s()
+            async with kept_alive(stream, ALIVE, rules.silence_s):
                 while not ballot.ended:
                     if ballot.streams.get(peer) is not stream:
                         break  # sent away, or it has opened another stream
                     if report is not None:
-                        heard_s = time_s()
+                        ballot.heard_s[peer] = time_s()
                         self._take(ballot, peer, report)
-                    elif ballot.plan is None:
+                    elif time_s() - max(ballot.heard_s[peer], ballot.closed_s or 0.0) >= rules.silence_s:
+                        if ballot.closed_s is not None:
+                            raise LinkError(peer, f"silent for {rules.silence_s:.1f} s while averaging")
                         self._mute(ballot, peer)
-                    elif ballot.closed_s is not None and (
-                        time_s() - max(heard_s, ballot.closed_s) >= self._rules.silence_s
-                    ):
-                        raise LinkError(peer, f"silent for {self._rules.silence_s:.1f} s while averaging")
-                    if ballot.closed_s is not None and time_s() > ballot.closed_s + self._rules.round_s:
-                        raise LinkError(peer, f"still averages after {self._rules.round_s:.0f} s")
-                    report = await self._receive(stream)
+                    if ballot.closed_s is not None and time_s() > ballot.closed_s + rules.round_s:
+                        raise LinkError(peer, f"still averages after {rules.round_s:.0f} s")
+                    report = await self._receive(stream, rules.silence_s / BEATS)
             await self._linger(stream)
         except (LinkError, ProtocolError) as error:
             log.debug("a reporter left: %s", error)
@@ -188,10 +187,10 @@ class Coordinator:
             self._suspect(LinkError(peer, f"silent for {self._rules.silence_s:.1f} s"))
             self.consider(ballot)
 
-    async def _receive(self, stream: Stream) -> pb.FromMember | None:
-        """The next message; None after a deadline without one."""
+    async def _receive(self, stream: Stream, wait_s: float) -> pb.FromMember | None:
+        """The next message; None if there is none for so long."""
         try:
-            async with asyncio.timeout(self._rules.silence_s):
+            async with asyncio.timeout(wait_s):
                 frame = await stream.receive()
         except TimeoutError:
             return None
@@ -207,7 +206,7 @@ class Coordinator:
         try:
             async with asyncio.timeout(self._rules.progress_s):
                 while True:
-                    await self._receive(stream)
+                    await self._receive(stream, self._rules.silence_s)
         except TimeoutError:
             raise LinkError(stream.remote, "has heard the last word and stays") from None
 
@@ -242,7 +241,7 @@ class Coordinator:
 
     def _repeat(self, ballot: Ballot, rounds: Collection[Round]) -> None:
         """Hand out repairs, and see whether the plan has come to its end."""
-        for round_ in rounds:
+        for round_ in rounds if not ballot.holdings or not ballot.holdings.failed else ():
             log.info("step %d: attempt %d at a round of %d", ballot.step, round_.attempt, len(round_.members))
             message = pb.FromCoordinator(repair=repair_message(round_))
             for peer in round_.members:
@@ -257,7 +256,10 @@ class Coordinator:
             if not ballot.streams:
                 self._end(ballot)
         elif ballot.holdings is not None and not ballot.ended:
-            self._repeat(ballot, ballot.holdings.lose(peer))
+            rounds = ballot.holdings.lose(peer)
+            if not self._is_quorum(ballot, ballot.holdings):  # nor will they be: let them begin anew at once
+                ballot.holdings.failed = ballot.holdings.failed or TOO_FEW
+            self._repeat(ballot, rounds)
 
     async def _look_after(self, ballot: Ballot) -> None:
         """See what keeps a ballot from closing."""
@@ -299,6 +301,7 @@ class Coordinator:
             expected=self._voters(),
             electors=self._electors(self._voters()),
             silent=self._silent(),
+            unheard=[p for p in ballot.reports if loop.time() > ballot.heard_s[p] + rules.overdue_s],
             waited_s=0.0 if ballot.reached_s is None else loop.time() - ballot.reached_s,
             grace_s=rules.grace_s,
         )
@@ -351,7 +354,8 @@ class Coordinator:
         commit = holdings.complete and not ballot.duplicates
         if not (commit or holdings.failed or ballot.duplicates):
             return
-        if commit and (why := self._short_of(ballot, holdings, left_out)):
+        why = self._short_of(ballot, holdings, left_out) if commit else holdings.failed
+        if why:
             log.info("step %d: abandoned: %s", ballot.step, why)
             commit = False
         commit = commit and not self.is_abandoned(plan.key)
@@ -373,15 +377,19 @@ class Coordinator:
         """Why a mean that is there may not be used; empty if it may."""
         assert ballot.plan is not None
         inside = [peer for peer in ballot.plan.bringers if peer not in left_out]
-        # Of all live peers, as for closing: who left this plan may be in one with those who never were in it.
-        if not has_quorum(holdings.alive, self._electors({*self._voters(), *ballot.plan.bringers})):
-            return "too few members are left"
+        if not self._is_quorum(ballot, holdings):
+            return TOO_FEW
         if sum(ballot.plan.by_peer[peer].weight for peer in inside) < self._rules.target:
             return "what is left weighs too little"
         # Whatever it weighed when it last reported: it went on until it froze its vector.
         if any(peer not in ballot.ids for peer in inside):
             return "nobody knows what was in the vector of a member that was lost"
         return ""
+
+    def _is_quorum(self, ballot: Ballot, holdings: Holdings) -> bool:
+        """Of all live peers, as for closing: who left may be in a plan with those who are not in this one."""
+        assert ballot.plan is not None
+        return has_quorum(holdings.alive, self._electors({*self._voters(), *ballot.plan.bringers}))
 
     def step_closed(self, version: int) -> None:
         """This peer has reached `version`: whoever still reports for an earlier step is behind."""

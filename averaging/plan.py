@@ -17,7 +17,7 @@ from functools import cached_property
 from averaging.bandwidth import are_slow, levelled
 from averaging.codecs import CODECS
 from averaging.grid import Grid, Group, seat
-from averaging.network import PeerId
+from averaging.network import BEATS, PeerId
 from averaging.shares import Mode
 
 PIECE_BYTES, MAX_PIECE_VALUES = 1 << 20, 5 << 16  # more is faster, but takes memory (log, 2026-11-21)
@@ -50,6 +50,11 @@ class StepRules:
     def silence_s(self) -> float:
         """Of a member that carries out a plan: after that it counts as lost."""
         return SILENCE * self.progress_s
+
+    @property
+    def overdue_s(self) -> float:
+        """Of a member that reports: no plan begins before it is heard again, or known to be silent."""
+        return 1.5 * self.silence_s / BEATS
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +152,7 @@ def decide(
     expected: Collection[PeerId],
     electors: Collection[PeerId] | None = None,
     silent: Collection[PeerId] = (),
+    unheard: Collection[PeerId] = (),
     waited_s: float,
     grace_s: float,
 ) -> Decision:
@@ -158,6 +164,8 @@ def decide(
             might be a majority that cannot be reached from here.
         electors: those of whom a majority may close it; all that are expected if None.
         silent: those of them that have just been found not to answer; there is no grace for them.
+        unheard: reporters that should have been heard again by now; a plan with one that has stopped holds
+            all others up until that is certain, so it is not made before.
         waited_s: seconds since the target was reached (0 if it was not).
     """
     total = sum(report.weight for report in reports.values())
@@ -166,6 +174,8 @@ def decide(
     missing = [peer for peer in expected if peer not in reports]
     if missing and not has_quorum(reports, expected if electors is None else electors):
         return Decision(False, f"{len(missing)} live peers cannot be reached and might close it, too")
+    if unheard:
+        return Decision(False, f"{len(unheard)} reporters are overdue, and may have stopped")
     awaited = [peer for peer in missing if peer not in silent]
     if awaited and waited_s < grace_s:
         return Decision(False, f"waiting for {len(awaited)} that have not reported")

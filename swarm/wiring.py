@@ -34,7 +34,7 @@ class StageWiring:
     _banned_until_s: dict[PeerId, float] = field(default_factory=dict, init=False)
     _failures: dict[PeerId, int] = field(default_factory=dict, init=False)
     _bad_links: dict[tuple[PeerId, PeerId], float] = field(default_factory=dict, init=False)
-    _suspended: set[PeerId] = field(default_factory=set, init=False)
+    suspended: set[PeerId] = field(default_factory=set, init=False)  # silent: to get no new work
 
     def __contains__(self, peer: object) -> bool:
         return peer in self._clock_s
@@ -53,7 +53,7 @@ class StageWiring:
         """Forget `peer`, which left; no-op if unknown."""
         self._clock_s.pop(peer, None)
         self._cost_s.pop(peer, None)
-        self._suspended.discard(peer)
+        self.suspended.discard(peer)
 
     def ban(self, peer: PeerId, now_s: float) -> None:
         """Forget `peer`, which failed, and refuse it for a while that doubles with every failure."""
@@ -72,7 +72,7 @@ class StageWiring:
 
     def suspend(self, peer: PeerId, suspended: bool) -> None:
         """Give a silent peer no new work, without forgetting it."""
-        (self._suspended.add if suspended else self._suspended.discard)(peer)
+        (self.suspended.add if suspended else self.suspended.discard)(peer)
 
     def choose(
         self, tokens: int, *, now_s: float = 0.0, source: PeerId = "", avoid: Collection[PeerId] = ()
@@ -89,9 +89,9 @@ class StageWiring:
             raise NoPeersError(f"stage {self.stage} has no live peer")
 
         clock_s = self._clock_s
-        if self._suspended or self._bad_links or avoid:
+        if self.suspended or self._bad_links or avoid:
             trouble = {
-                peer: 4 * (peer in self._suspended)
+                peer: 4 * (peer in self.suspended)
                 + 2 * (self._bad_links.get((source, peer), now_s) > now_s)
                 + (peer in avoid)
                 for peer in clock_s

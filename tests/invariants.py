@@ -62,6 +62,7 @@ class Invariants:
     def look(self) -> None:
         """Cheap at every moment; what lasts is looked at now and then."""
         self.looks += 1
+        assert not self.sim.errors, self.sim.errors
         peers, serving = [], []
         for p in self.sim.peers.values():
             peer = p.peer

@@ -41,7 +41,8 @@ def test_who_is_missing_is_waited_for_anew_when_the_target_is_lost_and_reached_a
         rules = StepRules(target=8.0, max_weight=32.0)
         coordinator = coordinator_of(MemoryHub().network("a"), rules)
         target = rules.target
-        ballot = Ballot(0, reports={"a": Report(target, STATE), "b": Report(0, STATE)})
+        always = {"a": float("inf"), "b": float("inf")}
+        ballot = Ballot(0, reports={"a": Report(target, STATE), "b": Report(0, STATE)}, heard_s=always)
         assert "waiting" in coordinator.consider(ballot).reason
         ballot.reports["a"] = Report(target / 2, STATE)  # some of it is given up
         assert not coordinator.consider(ballot).close
@@ -130,5 +131,71 @@ def test_who_has_fallen_silent_is_in_no_plan_until_it_reports_again(back):
             await report(name, 4.0)
         assert await plan_of("b") == (["a", "b", "c"] if back else ["a", "b"])
         assert await plan_of("c") == (["a", "b", "c"] if back else "a"), "it is to report anew, nothing more"
+
+    virtual_time.run(main())
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_no_plan_is_made_with_a_reporter_that_is_overdue(back):
+    """It may have stopped a moment ago: all others would be held up until that is certain."""
+
+    async def main():
+        hub = MemoryHub()
+        networks = {name: hub.network(name) for name in NAMES}
+        rules = StepRules(target=8.0, max_weight=32.0)
+        coordinator = coordinator_of(networks["a"], rules)
+        await coordinator.start()
+        streams = {name: await networks[name].open("a", STEP_SERVICE) for name in NAMES}
+        time_s = asyncio.get_running_loop().time
+
+        async def report(name, weight):
+            message = report_message(0, Report(weight, STATE, (Pass(100, 0),)))
+            await streams[name].send(pb.FromMember(report=message).SerializeToString())
+
+        async def members():
+            while True:
+                message = pb.FromCoordinator.FromString((await streams["b"].receive()).header)
+                if message.WhichOneof("content") == "plan":
+                    return sorted(member.peer for member in message.plan.members)
+
+        await report("c", 3.0)  # the last that is heard of it
+        began_s, planned = time_s(), asyncio.create_task(members())
+        while time_s() < began_s + 2 * rules.overdue_s:
+            weight = 1.0 if time_s() < began_s + 1.3 * rules.overdue_s else 4.0
+            await asyncio.gather(report("a", weight), report("b", weight))
+            await asyncio.sleep(rules.silence_s / 16)
+        assert not planned.done()
+        if back:
+            await report("c", 3.0)
+        while not planned.done():
+            await asyncio.gather(report("a", 4.0), report("b", 4.0))
+            await asyncio.sleep(rules.silence_s / 16)
+        assert await planned == (NAMES if back else ["a", "b"])
+        assert time_s() < began_s + 1.5 * rules.silence_s
+
+    virtual_time.run(main())
+
+
+def test_a_plan_that_has_lost_its_quorum_is_abandoned_at_once():
+    """Nothing can come of it: whoever is left would be held up by rounds with those that are gone."""
+
+    async def main():
+        hub = MemoryHub()
+        networks = {name: hub.network(name) for name in NAMES}
+        coordinator = coordinator_of(networks["a"], StepRules(target=8.0, max_weight=32.0))
+        await coordinator.start()
+        streams = {name: await networks[name].open("a", STEP_SERVICE) for name in NAMES}
+        for name in NAMES:
+            report = report_message(0, Report(8.0, STATE, (Pass(100, 0),)))
+            await streams[name].send(pb.FromMember(report=report).SerializeToString())
+        await asyncio.sleep(0.1)
+        streams["b"].abort()
+        streams["c"].abort()
+        async with asyncio.timeout(0.1):
+            while True:
+                message = pb.FromCoordinator.FromString((await streams["a"].receive()).header)
+                if message.WhichOneof("content") == "verdict":
+                    break
+        assert not message.verdict.commit
 
     virtual_time.run(main())

@@ -311,6 +311,39 @@ def test_what_is_in_flight_is_counted_however_microbatches_end():
     assert (ledger.in_flight, ledger.unsettled) == (1, 1)
 
 
+def test_a_step_that_holds_a_hop_without_a_peer_leaves_it_one():
+    """A route has a peer at every stage; without, the next one would stop the trainer."""
+    ledger = make_ledger(pool=1, retain_until_step=True)
+    carry(ledger, issue(ledger), down_to=1)
+    ledger.handle(PeerGone("0a"), 2.0)
+    ledger.handle(
+        SteppedEvent(0, "0a", 1, frozenset([M])), 3.0
+    )  # on its next watch stream: it lives after all
+    ledger.handle(PeerReady(0, "0a", 1), 3.0)
+    ledger.handle(PeerGone("2a"), 4.0)
+    ledger.handle(Tick(), 5.0)
+    commands = ledger.handle(PeerReady(2, "2b", 0), 6.0)
+    (resend,) = [c for c in commands if isinstance(c, Resend)]
+    assert resend.peer == "1a" and resend.route.peers == ("0a", "1a", "2b")
+
+
+def test_what_waits_for_a_silent_peer_is_stuck_until_somebody_else_goes_on_with_it():
+    ledger = make_ledger(verdict_s=5.0)
+    route = issue(ledger)
+    ledger.handle(Answered(route.peers[0], M, 0, pb.ACCEPTED, push=True), 1.0)
+    ledger.handle(Tick(), 1.0)
+    assert (ledger.in_flight, ledger.stuck) == (1, 0)
+    ledger._wirings[1].suspend(route.peers[1], True)
+    ledger.handle(Tick(), 2.0)
+    assert (ledger.in_flight, ledger.stuck) == (1, 1)
+    ledger.handle(PeerGone(route.peers[1], silent=True), 3.0)
+    ledger.handle(Tick(), 4.0)
+    assert ledger.stuck == 1, "what it did last is not known yet"
+    ledger.handle(Tick(), 8.1)
+    ledger.handle(Tick(), 8.2)
+    assert (ledger.in_flight, ledger.stuck) == (1, 0), "another one has it"
+
+
 def test_of_two_neighbours_that_fall_silent_nobody_accumulates_for_the_second_before_its_verdict():
     ledger = make_ledger(stages=4, pool=3, verdict_s=10.0)
     route = issue(ledger)

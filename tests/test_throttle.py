@@ -47,6 +47,14 @@ def test_without_heartbeats_nothing_is_concluded():
     assert throttle.limit > 6
 
 
+def test_what_is_stuck_makes_room_for_as_many_others_at_most():
+    throttle = Throttle(most=24, stages=3)
+    assert throttle.limit == 6
+    assert throttle.admits(5) and not throttle.admits(6)
+    assert throttle.admits(8, stuck=3) and not throttle.admits(9, stuck=3)
+    assert throttle.admits(11, stuck=9) and not throttle.admits(12, stuck=9)
+
+
 def test_a_large_swarm_is_filled_in_a_few_rounds():
     throttle = Throttle(most=1000, stages=4)
     rounds(throttle, {"a": [0], "b": [1]}, count=16)

@@ -73,6 +73,7 @@ class Ledger:
         self._hop_deadline_s, self._retain, self._strict = hop_deadline_s, retain_until_step, strict
         self._flights: dict[bytes, Flight] = {}
         self._incomplete = 0  # of them
+        self.stuck = 0  # of those in turn: they wait for a peer that is silent, as of the last tick
         self._looked_s = float("-inf")  # for hops that are late
         self._awaiting: dict[bytes, None] = {}  # in order: those that may have a hop that awaits a verdict
         self._stage_of: dict[PeerId, int] = {}
@@ -178,7 +179,7 @@ class Ledger:
             hop = flight.hops[stage]
             if hop.phase >= Phase.ACCUMULATED or not evidence.is_held(flight.id):
                 continue
-            commands += self._inside(flight, stage, evidence.step_of(flight.id), now_s)
+            commands += self._inside(flight, stage, peer, evidence.step_of(flight.id), now_s)
             if hop.peer not in self._stage_of and flight.id in self._flights:
                 hop.peer = peer  # a route has a peer at every stage
                 flight.touched.add(peer)
@@ -500,7 +501,8 @@ class Ledger:
         for microbatch in ours:
             hop = self._flights[microbatch].hops[stage]
             if hop.phase < Phase.ACCUMULATED or hop.awaits_verdict:
-                commands += self._inside(self._flights[microbatch], stage, event.version - 1, now_s)
+                flight = self._flights[microbatch]
+                commands += self._inside(flight, stage, event.peer, event.version - 1, now_s)
         if event.whole:
             return commands + self._settle(stage, now_s)
         known = [microbatch for microbatch in ours if microbatch in self._flights]
@@ -509,8 +511,8 @@ class Ledger:
                 commands += self._settle_hop(flight, stage, now_s)
         return commands + (self._judge_all(now_s, stage) if evidence.newest > newest else [])
 
-    def _inside(self, flight: Flight, stage: int, step: int, now_s: float) -> list[Command]:
-        """A step was applied with this microbatch in it, whoever was thought to work on it."""
+    def _inside(self, flight: Flight, stage: int, holder: PeerId, step: int, now_s: float) -> list[Command]:
+        """A step was applied, by `holder`, with this microbatch in it, whoever was thought to work on it."""
         hop = flight.hops[stage]
         hop.awaits_verdict = False
         flight.unplaced.discard(stage)
@@ -518,10 +520,12 @@ class Ledger:
             return []
         commands = self._accumulated(flight, stage, step, flight.loss, now_s)
         hop.accumulated_by = None  # not whom we had asked
+        is_served = hop.peer in self._stage_of
+        hop.peer = hop.peer or holder  # a route has a peer at every stage
         if stage > 0 and flight.hops[stage - 1].phase < Phase.ACCUMULATED:
-            if hop.peer not in self._stage_of:
+            if not is_served:
                 commands += self._router.place(flight, now_s, suppliers={stage})
-        elif hop.peer in self._stage_of:
+        elif is_served:
             commands.append(Cancel(flight.peer(stage), ((flight.id, flight.attempt),)))
         return commands
 
@@ -568,7 +572,8 @@ class Ledger:
         """
         hop, evidence = flight.hops[stage], self._evidence[stage]
         if evidence.is_held(flight.id):
-            return self._inside(flight, stage, hop.step, now_s) + self._settle_hop(flight, stage, now_s)
+            commands = self._inside(flight, stage, flight.peer(stage), hop.step, now_s)
+            return commands + self._settle_hop(flight, stage, now_s)
         if evidence and evidence.newest <= hop.step and now_s < hop.verdict_s:
             return []
         hop.awaits_verdict = False
@@ -591,6 +596,7 @@ class Ledger:
 
     def _tick(self, now_s: float) -> list[Command]:
         commands = self._judge_all(now_s)
+        self.stuck = sum(self._is_stuck(f) for f in self._flights.values() if not f.completed)
         for flight in [flight for flight in self._flights.values() if not flight.completed]:
             if flight.unplaced:
                 commands += self._router.place(flight, now_s)
@@ -599,6 +605,13 @@ class Ledger:
             self._looked_s = now_s
             commands += self._look_for_late(now_s)
         return commands
+
+    def _is_stuck(self, flight: Flight) -> bool:
+        """Does it wait for one that may have stopped, or for what became of one?"""
+        return not flight.evaluate and any(
+            hop.awaits_verdict or (hop.phase < Phase.ACCUMULATED and hop.peer in wiring.suspended)
+            for hop, wiring in zip(flight.hops, self._wirings, strict=True)
+        )
 
     def _look_for_late(self, now_s: float) -> list[Command]:
         """Withdraw what takes longer than the deadline."""

@@ -75,5 +75,8 @@ class Throttle:
         self._completed = 0
         self._queues.clear()
 
-    def admits(self, in_flight: int) -> bool:
-        return in_flight < int(self.limit)
+    def admits(self, in_flight: int, stuck: int = 0) -> bool:
+        """May another one follow? Up to as many again if so many are `stuck` with a peer that is silent: it
+        takes seconds until they are another's, and the living have nothing to do meanwhile."""
+        limit = int(self.limit)
+        return in_flight - min(stuck, limit) < limit

@@ -106,7 +106,8 @@ class Trainer:
     async def _issue_some(self) -> None:
         """Issue what the throttle admits, then wait for something to happen."""
         pipeline = self.pipeline
-        while pipeline.throttle.admits(pipeline.ledger.in_flight - len(self._evaluating)):
+        ledger = pipeline.ledger
+        while pipeline.throttle.admits(ledger.in_flight - len(self._evaluating), ledger.stuck):
             self._issue(next(self._microbatches), step=0)
             await asyncio.sleep(0)
         await self._change()

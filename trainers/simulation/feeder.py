@@ -38,7 +38,7 @@ class Feeder:
     def feed(self, event: ev.LedgerEvent) -> None:
         """Give the ledger an event, do what it says, and issue what the throttle admits."""
         self._execute(take(self.ledger, self.throttle, event, self._world.events.now_s))
-        while self.throttle.admits(self.ledger.in_flight) and all(map(len, self._wirings)):
+        while self.throttle.admits(self.ledger.in_flight, self.ledger.stuck) and all(map(len, self._wirings)):
             self._issue()
 
     def suspect(self, stage: int, peer: PeerId) -> None:
