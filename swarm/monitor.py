@@ -153,13 +153,18 @@ class Monitor:
             total.update(values.get("counters", {}) if kind == "trainer" else _numbers(values))
         return total
 
+    def _tokens_seen(self) -> int:
+        """Those that trainers have done since this process first heard of them."""
+        return self.tokens() - sum(self._tokens_at_first.values())
+
     def record(self, kills: int) -> Mapping[str, Any]:
         """Write one line of metrics.jsonl (and to W&B); returns it."""
         now, tokens = time.time(), self.tokens()
         if now - self._rate_at >= 0.5:
-            rate = (tokens - self._rate_tokens) / (now - self._rate_at)
+            seen = self._tokens_seen()
+            rate = (seen - self._rate_tokens) / (now - self._rate_at)
             self._rate += 0.3 * (rate - self._rate)
-            self._rate_at, self._rate_tokens = now, tokens
+            self._rate_at, self._rate_tokens = now, seen
         peers, trainers = self._counters("peer"), self._counters("trainer")
         evaluations = self.evaluations()
         values = {
@@ -226,7 +231,7 @@ class Monitor:
         trainers, peers, evaluations = self._counters("trainer"), self._counters("peer"), self.evaluations()
         recoveries = self.recoveries(kills)
         seconds = self._last_tokens_at - (self._first_tokens_at or self._last_tokens_at)
-        tokens = self.tokens() - sum(self._tokens_at_first.values())
+        tokens = self._tokens_seen()
         return {
             "name": self.config.name,
             "steps": self.step(),

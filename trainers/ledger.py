@@ -499,16 +499,15 @@ class Ledger:
         ours = sorted(event.microbatches & self._flights.keys())
         evidence.holds(event.peer, event.version - 1, ours)
         for microbatch in ours:
-            hop = self._flights[microbatch].hops[stage]
-            if hop.phase < Phase.ACCUMULATED or hop.awaits_verdict:
-                flight = self._flights[microbatch]
+            flight = self._flights[microbatch]
+            if flight.hops[stage].phase < Phase.ACCUMULATED or flight.hops[stage].awaits_verdict:
                 commands += self._inside(flight, stage, event.peer, event.version - 1, now_s)
         if event.whole:
             return commands + self._settle(stage, now_s)
         known = [microbatch for microbatch in ours if microbatch in self._flights]
         for microbatch in evidence.safe_ones(known):  # of others it says nothing
-            if (flight := self._flights.get(microbatch)) is not None:
-                commands += self._settle_hop(flight, stage, now_s)
+            if microbatch in self._flights:
+                commands += self._settle_hop(self._flights[microbatch], stage, now_s)
         return commands + (self._judge_all(now_s, stage) if evidence.newest > newest else [])
 
     def _inside(self, flight: Flight, stage: int, holder: PeerId, step: int, now_s: float) -> list[Command]:
