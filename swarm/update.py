@@ -6,7 +6,8 @@
     after an abandoned plan the frozen sum stays, and what was lost with a member is computed again
     if the stage has gone on without this peer: replay its steps, or load a donor's state
 
-With delayed updates hops go on all the while; otherwise they wait from the freeze to the step.
+With delayed updates hops go on all the while; otherwise they wait from the freeze to the step, unless that
+takes much longer than the step before: then somebody has probably stopped, and this step is a delayed one.
 
 I/O: one event loop; torch in `Compute`. Design section 6.
 """
@@ -37,6 +38,7 @@ from swarm.stage import Accumulator, Stage
 
 WHOLE_WARMUPS = 4  # gradients travel whole for so many times the learning rate's warm-up
 CATCH_UPS = 3  # before a peer is said to serve
+PATIENCE = 2.0  # times the averaging of the step before
 MOST_TARGETS = 4.0  # nobody's gradient weighs more than this many steps, whatever it claims
 log = logging.getLogger(__name__)
 
@@ -110,6 +112,8 @@ class Updater:
         self.changed = asyncio.Event()
         self._free = asyncio.Event()  # no plan holds what is accumulated here
         self._free.set()
+        self._averaging_s = 0.0  # that the last step took
+        self._holding: asyncio.TimerHandle | None = None
         self.counters: Counter[str] = Counter()
         self.participant = Participant(
             network=network,
@@ -181,7 +185,7 @@ class Updater:
     async def freeze(self) -> Contribution:
         self._free.clear()
         if not self._config.training.delayed_updates:
-            self._compute.hold(True)
+            self._hold_hops()
         frozen = await between_hops(self._compute, self._stage.freeze)
         self._frozen_ids = tuple(frozen.microbatches)
         if not self._server.may_count(frozen):
@@ -199,15 +203,27 @@ class Updater:
         sketches = await between_hops(self._compute, lambda: factors.first(vector, weight))
         return Contribution(sketches, weight, self._frozen_ids, then=second)
 
+    def _hold_hops(self) -> None:
+        self._compute.hold(True)
+        if not self._config.training.strict:  # there all would wait for the step anyway
+            patience_s = max(self._rules.overdue_s, PATIENCE * self._averaging_s)
+            self._holding = asyncio.get_running_loop().call_later(patience_s, self._release_hops)
+
+    def _release_hops(self) -> None:
+        if self._holding is not None:
+            self._holding.cancel()
+        self._compute.hold(False)
+
     def abandoned(self, *, duplicate: bool) -> None:
         self._free.set()
-        self._compute.hold(False)
+        self._release_hops()
         self.counters["abandoned_plans"] += 1
         if duplicate:
             self._server.orphans.update(self._frozen_ids)
 
     async def _apply(self, mean: Mean) -> None:
         step, hash_before = mean.plan.step, self.state_hash
+        self._averaging_s = mean.averaging_s
         counted = self.participant.is_in(mean)
         self._contributed[step] = self._frozen_ids if counted else ()
         self._contributed.pop(step - REMEMBERED_STEPS, None)
@@ -224,7 +240,7 @@ class Updater:
         try:
             self.state_hash, vector = await between_hops(self._compute, apply_and_hash)
         finally:
-            self._compute.hold(False)
+            self._release_hops()
             self._free.set()
         self._keep(step, vector, mean.ids)
         self.counters["averaging_bytes"] += mean.sent_bytes

@@ -12,6 +12,7 @@ from averaging.codecs import CODECS
 from swarm import swarm_pb2 as pb
 from swarm.messages import Push, Route, pack_tokens
 from swarm.metrics import PUSH
+from swarm.update import step_rules
 from tests.sim import Sim, tiny_run
 
 
@@ -50,6 +51,34 @@ def test_without_faults_nothing_is_rerouted_and_stages_stay_identical():
             assert taken.version >= 5 and taken.join_s > 0
 
     simulate(test)
+
+
+@pytest.mark.parametrize("strict", ["false", "true"])
+def test_hops_wait_for_a_step_but_not_for_one_that_a_stopped_member_holds_up(strict):
+    """Without delayed updates the device would be idle until it is certain that the other has stopped."""
+
+    async def test(sim):
+        frozen: list[str] = []
+
+        def stop_the_other(peer):
+            if not frozen:
+                frozen.append(peer)
+                stage = sim.peers[peer].stage
+                sim.hub.hang(next(p.id for p in sim.peers.values() if p.stage == stage and p.id != peer))
+
+        sim.on_freeze = stop_the_other
+        training = asyncio.create_task(train(sim, 40))
+        await sim.until(lambda: frozen)
+        member = sim.peers[frozen[0]]
+        overdue_s = step_rules(sim.config).overdue_s
+        await asyncio.sleep(0.8 * overdue_s)
+        assert member.compute.held, "a step takes a while"
+        await asyncio.sleep(0.4 * overdue_s)
+        assert member.compute.held == (strict == "true"), "there all wait for the step anyway"
+        assert member.peer.stage.version == 0
+        training.cancel()
+
+    simulate(test, "training.delayed_updates=false", f"training.strict={strict}")
 
 
 def test_bytes_retained_until_the_microbatch_are_released_with_it():

@@ -47,12 +47,24 @@ def test_without_heartbeats_nothing_is_concluded():
     assert throttle.limit > 6
 
 
-def test_what_is_stuck_makes_room_for_as_many_others_at_most():
+def test_it_grows_in_one_round_by_as_much_as_a_stage_has_grown():
+    for pool, grown in ((2, 2.0), (11, 1.1)):
+        throttle = Throttle(most=400, stages=3)
+        throttle.limit = 100.0
+        throttle.refused()
+        before = throttle.limit
+        throttle.came(pool)
+        for _ in range(int(before)):
+            throttle.completed()
+        assert before * grown * 0.85 < throttle.limit < before * grown * 1.05
+
+
+def test_what_is_stuck_makes_room_for_others_up_to_a_bound():
     throttle = Throttle(most=24, stages=3)
     assert throttle.limit == 6
     assert throttle.admits(5) and not throttle.admits(6)
     assert throttle.admits(8, stuck=3) and not throttle.admits(9, stuck=3)
-    assert throttle.admits(11, stuck=9) and not throttle.admits(12, stuck=9)
+    assert throttle.admits(53, stuck=60) and not throttle.admits(54, stuck=60)
 
 
 def test_a_large_swarm_is_filled_in_a_few_rounds():

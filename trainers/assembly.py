@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from averaging.network import PeerId
 from swarm.config import RunConfig
 from swarm.wiring import StageWiring
-from trainers.events import Command, LedgerEvent
+from trainers.events import Command, LedgerEvent, PeerReady
 from trainers.ledger import Ledger
 from trainers.throttle import Throttle
 
@@ -42,9 +42,14 @@ def throttle_of(config: RunConfig) -> Throttle:
 
 
 def take(ledger: Ledger, throttle: Throttle, event: LedgerEvent, now_s: float) -> list[Command]:
-    """Give the ledger an event, and tell the throttle if a whole stage had no room. Returns what to do."""
+    """Give the ledger an event, and tell the throttle of a stage that has one peer more, or had no room.
+
+    Returns what to do.
+    """
     refusals = ledger.counters["no_room"]
     commands = ledger.handle(event, now_s)
     if ledger.counters["no_room"] > refusals:
         throttle.refused()
+    elif isinstance(event, PeerReady):
+        throttle.came(ledger.pool(event.stage))
     return commands

@@ -112,6 +112,10 @@ class Ledger:
         """The live peers that hops may be given to."""
         return self._stage_of.keys()
 
+    def pool(self, stage: int) -> int:
+        """How many peers of `stage` hops may be given to."""
+        return len(self._wirings[stage])
+
     def floor(self, stage: int) -> int:
         """The version that every live peer of `stage` has reached (0 without peers)."""
         return self._evidence[stage].floor

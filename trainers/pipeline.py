@@ -39,6 +39,7 @@ from trainers.assembly import SILENT_BEATS, ledger_of, take, throttle_of, wiring
 from trainers.ledger import batched_releases
 
 TICK_S = 0.05
+UNREACHED_S = 1.0  # before a peer is dialled again that was not there: its record outlives it
 LOOK_S = 0.1  # between two readings of the roster, at least
 RETRY_S = 0.5
 GOODBYE_S = 1.0
@@ -159,7 +160,8 @@ class Pipeline:
                 stream = await at_stage(self._network, stage).open(peer, watch.SERVICE)
             except LinkError as error:
                 if heard_s is None:
-                    return log.debug("cannot watch: %s", error)
+                    log.debug("cannot watch: %s", error)
+                    return await asyncio.sleep(UNREACHED_S)
                 now_s = self._clock()
                 if error.refused or now_s > heard_s + lease_s:
                     log.info("peer %s is gone: %s", peer[-8:], error)

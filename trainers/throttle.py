@@ -2,8 +2,9 @@
 
 Twice as many in every round of completions, a quarter less when no peer has room or after a round in which
 some peer's queue never became short; then one more in a round, two more in the next, four: so it soon follows
-a swarm that grows. Only such a standing queue is work in excess: one that is long for a moment is the
-pipeline's own jitter, and cutting for it leaves the other peers idle.
+a swarm that grows, and at once if it knows by how much: twice as many when a stage of one peer has two. Only
+such a standing queue is work in excess: one that is long for a moment is the pipeline's own jitter, and
+cutting for it leaves the other peers idle.
 Source: standing queues, "Controlling queue delay" (CoDel), Nichols and Jacobson, 2012.
 
 Pure.
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from averaging.network import PeerId
 
 STANDING_QUEUE = 2  # waiting for a peer's device all the time: one keeps it busy, another covers jitter
+STUCK = 2  # two peers that stop at once take twice as many with them as are under way
 HEARTBEATS = 4  # of a peer, to call its queue a standing one
 
 
@@ -64,6 +66,10 @@ class Throttle:
         self._completed = 0
         self._queues.clear()
 
+    def came(self, pool: int) -> None:
+        """A stage has one peer more, `pool` by now: that much faster it may be."""
+        self._in_excess, self._growth = False, max(self._growth, self.limit / max(1, pool - 1))
+
     def refused(self) -> None:
         """No peer of a stage has room for a hop: cut at once, once a round."""
         if not self._in_excess:
@@ -76,7 +82,6 @@ class Throttle:
         self._queues.clear()
 
     def admits(self, in_flight: int, stuck: int = 0) -> bool:
-        """May another one follow? Up to as many again if so many are `stuck` with a peer that is silent: it
-        takes seconds until they are another's, and the living have nothing to do meanwhile."""
-        limit = int(self.limit)
-        return in_flight - min(stuck, limit) < limit
+        """May another one follow? Those `stuck` with silent peers do not count, up to a bound: others get
+        them only after seconds, and have nothing to do meanwhile."""
+        return in_flight - min(stuck, STUCK * self.most) < int(self.limit)
