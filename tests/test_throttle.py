@@ -64,7 +64,7 @@ def test_what_is_stuck_makes_room_for_others_up_to_a_bound():
     assert throttle.limit == 6
     assert throttle.admits(5) and not throttle.admits(6)
     assert throttle.admits(8, stuck=3) and not throttle.admits(9, stuck=3)
-    assert throttle.admits(53, stuck=60) and not throttle.admits(54, stuck=60)
+    assert throttle.admits(17, stuck=60) and not throttle.admits(18, stuck=60)
 
 
 def test_a_large_swarm_is_filled_in_a_few_rounds():

@@ -84,4 +84,5 @@ class Throttle:
     def admits(self, in_flight: int, stuck: int = 0) -> bool:
         """May another one follow? Those `stuck` with silent peers do not count, up to a bound: others get
         them only after seconds, and have nothing to do meanwhile."""
-        return in_flight - min(stuck, STUCK * self.most) < int(self.limit)
+        limit = int(self.limit)
+        return in_flight - min(stuck, STUCK * limit) < limit
