@@ -238,13 +238,13 @@ def test_a_peer_that_is_back_before_the_next_step_transfers_nothing(tmp_path, ca
         await sim.start_trainer()
         await sim.until(lambda: sim.pipeline.ready_stages == 3 and sim.all_acquainted())
         await train(sim, 60)
-        version = sim.peers[me].peer.stage.version
+        left = sim.peers[me].peer.stage
         await sim.terminate(me)
         await mine.close()
         with caplog.at_level("INFO", logger="swarm.state"):
             back = await sim.start_peer(1, last_state(tmp_path, sim.config))
             await sim.until(lambda: back in sim.pipeline._heard_s, 60)
-        assert sim.peers[back].peer.stage.version == version
+        assert sim.peers[back].peer.stage.version == left.version
         told = [r.getMessage() for r in caplog.records]
         assert any("the same state" in line for line in told) and not any("loaded" in line for line in told)
 
