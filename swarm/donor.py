@@ -24,6 +24,7 @@ SERVICE = "state"
 SILENCE_S = 10.0  # after which the other end counts as lost
 LINGER_S = 30.0  # that it may take to come back, and go on where it was
 LEASES = 8  # newcomers at once
+MOST_TOLD = 4  # that a newcomer comes
 NEVER = 1 << 62  # the first step whose mean it may want
 ALIVE = pb.FromDonor(alive=True).SerializeToString()
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class _Lease:
     stream: Stream
     since: int  # means from this step on
     given: Given | None = None
-    has_joined: bool = False
+    told: int = 0  # how often the trainers were, that it comes
 
 
 class Donor:
@@ -49,13 +50,13 @@ class Donor:
         *,
         upload_share: float,
         uplink: UplinkMeter,
-        on_joined: Callable[[], None] = lambda: None,
+        on_coming: Callable[[], None] = lambda: None,
     ) -> None:
         """Newcomers together get at most `upload_share` of the `uplink`, once that has been measured.
 
-        `on_joined`: one of them stands on the roster now.
+        `on_coming`: one of them stands on the roster, or will in a moment.
         """
-        self._network, self._holdings, self._on_joined = network, holdings, on_joined
+        self._network, self._holdings, self._on_coming = network, holdings, on_coming
         self._allowance = Allowance(lambda: upload_share * (uplink.reported or uplink.measured))
         self.available = False  # nothing to give before this peer has a state itself
         self._leases: dict[PeerId, _Lease] = {}
@@ -120,9 +121,9 @@ class Donor:
                 await self._offer(stream, lease, message.ask)
             case "chunk":
                 await self._send_chunk(stream, lease, message.chunk)
-            case "joined" if lease.given is not None and not lease.has_joined:
-                lease.has_joined = True
-                self._on_joined()
+            case "coming" if lease.given is not None and lease.told < MOST_TOLD:
+                lease.told += 1
+                self._on_coming()
 
     async def _offer(self, stream: Stream, lease: _Lease, ask: pb.StateAsk) -> None:
         is_mean, is_wish = ask.HasField("step"), ask.HasField("at")

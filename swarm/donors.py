@@ -108,11 +108,11 @@ class Donors:
         """What was lost before counts no more: something has come whole."""
         self._lost.clear()
 
-    async def say_joined(self) -> None:
-        """This peer stands on the roster: let the donors tell the trainers, who would find it later."""
+    async def say_coming(self) -> None:
+        """Let them tell the trainers to look at the roster, where this peer stands."""
         for source in list(self._sources):
             try:
-                await source.say_joined()
+                await source.say_coming()
             except LinkError as error:
                 self._drop(source, error)
 

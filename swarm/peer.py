@@ -1,8 +1,9 @@
 """One peer: joins a stage, serves its hops, takes part in its steps, leaves.
 
     build the stage from the run's seed
+    announce that it comes, so that trainers watch it already
     load the state of living peers of the stage, if there are any, and replay what closed meanwhile
-    announce; from now on, side by side:
+    announce that it serves; from now on, side by side:
         serve hops, watch streams, state and averaging     (handlers on the network)
         close one step after the other                     (`Updater.run`)
         announce again, read the roster                    (`Membership.keep`)
@@ -117,6 +118,8 @@ class Peer:
     async def _announce(self) -> None:
         """That this peer comes."""
         await self.membership.enter()
+        if hasattr(self, "_loader"):
+            await self._loader.say_coming()
         await self.membership.keep()
 
     async def prepare(self, *, tries: int | None = None) -> None:
@@ -141,7 +144,7 @@ class Peer:
             self._holdings,
             upload_share=self.config.network.upload_share,
             uplink=self._uplink,
-            on_joined=self._say_joined,
+            on_coming=self._say_coming,
         )
         self.updater = Updater(
             network=self._network,
@@ -176,6 +179,7 @@ class Peer:
             mates=self.membership.others.keys,
         )
         self.server.on_progress = self._progressed
+        await self.server.be_watched()
         self._asked_s = self._clock()
         while not await self._has_state():
             tries = None if tries is None else tries - 1
@@ -190,14 +194,14 @@ class Peer:
         while self._loader.outrun and not await self._has_state():
             log.info("trying again to come to where stage %d is", self._stage_number)
         self.server.announced_version = self.stage.version
-        await self.server.start()
         await self.updater.start()
         await self._heir.start()
         await self._donor.start()
         self._donor.available = True
+        await self.server.start()
         self.membership.loading = False
         await self.membership.enter()
-        await self._loader.say_joined()
+        await self._loader.say_coming()
 
     async def _has_state(self) -> bool:
         """Load a living peer's state, or else an archived one; without any, the seed's is everybody's.
@@ -399,9 +403,9 @@ class Peer:
             log.info("first microbatch counted, %.2f s after asking for the state", self._join_s)
         self.updater.changed.set()
 
-    def _say_joined(self) -> None:
-        """A newcomer that this peer has given its state to stands on the roster."""
-        self.server.watchers.say_all(pb.WatchFrame(joined=True).SerializeToString())
+    def _say_coming(self) -> None:
+        """A newcomer that this peer gives its state to stands on the roster, or will in a moment."""
+        self.server.watchers.say_all(pb.WatchFrame(coming=True).SerializeToString())
 
     def _keep(self, step: int, mean: torch.Tensor, microbatches: Collection[bytes]) -> None:
         """The mean gradient [values] of a step that has closed, for newcomers."""

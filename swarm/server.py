@@ -100,14 +100,18 @@ class HopServer:
         self._taken: dict[bytes, Route] = {}  # accumulated by stage mates that left, and in a sum here now
         self.on_progress: Callable[[], None] = lambda: None  # called when there is more to report
 
+    async def be_watched(self) -> None:
+        """Answer watch streams from now on: no work comes before `start`."""
+        await self.watchers.start()
+
     async def start(self) -> None:
-        """Answer hops and watch streams from now on."""
+        """Take hops from now on."""
 
         async def serve(stream: Stream) -> None:
             await answer(stream, self._respond)
 
         await self._network.serve(SERVICE, serve, max_payload_bytes=max_payload_bytes(self._config))
-        await self.watchers.start()
+        self.watchers.ready()
 
     async def say_goodbye(self) -> None:
         """End every watch stream with its explicit last frame: this peer leaves on purpose."""

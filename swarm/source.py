@@ -123,9 +123,9 @@ class Source:
         chunk = pb.StateChunk(mean=name[0], number=name[1], index=index)
         await self._stream.send(pb.FromNewcomer(chunk=chunk).SerializeToString())
 
-    async def say_joined(self) -> None:
+    async def say_coming(self) -> None:
         """Let it tell the trainers to look at the roster. Raises LinkError."""
-        await self._stream.send(pb.FromNewcomer(joined=True).SerializeToString())
+        await self._stream.send(pb.FromNewcomer(coming=True).SerializeToString())
 
     async def _beat(self) -> None:
         async with kept_alive(self._stream, ALIVE, SILENCE_S):

@@ -62,6 +62,7 @@ class StateLoader:
         if not offers:
             self.outrun = False
             return False
+        await self.say_coming()
         best = self.donors.best(offers)
         version, size = best.name[1], best.contents.size_bytes
         if version != self._stage.version or best.contents != await self._own_contents():
@@ -94,9 +95,10 @@ class StateLoader:
             log.info("cannot replay step %d: %s", self._stage.version, error)
         return self._stage.version > before
 
-    async def say_joined(self) -> None:
-        """This peer stands on the roster: let the donors tell the trainers, who would find it later."""
-        await self.donors.say_joined()
+    async def say_coming(self) -> None:
+        """This peer stands on the roster, or will in a moment: let the donors tell the trainers, who would find
+        it later."""
+        await self.donors.say_coming()
 
     def release(self) -> None:
         """Need the donors no more; no-op without any."""

@@ -206,16 +206,18 @@ class Stepped(_message.Message):
     def __init__(self, version: _Optional[int] = ..., microbatches: _Optional[_Iterable[bytes]] = ..., whole: _Optional[bool] = ..., fresh: _Optional[bool] = ...) -> None: ...
 
 class WatchFrame(_message.Message):
-    __slots__ = ("heartbeat", "event", "stepped", "joined")
+    __slots__ = ("heartbeat", "event", "stepped", "coming", "loading")
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     EVENT_FIELD_NUMBER: _ClassVar[int]
     STEPPED_FIELD_NUMBER: _ClassVar[int]
-    JOINED_FIELD_NUMBER: _ClassVar[int]
+    COMING_FIELD_NUMBER: _ClassVar[int]
+    LOADING_FIELD_NUMBER: _ClassVar[int]
     heartbeat: Heartbeat
     event: Event
     stepped: Stepped
-    joined: bool
-    def __init__(self, heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., joined: _Optional[bool] = ...) -> None: ...
+    coming: bool
+    loading: bool
+    def __init__(self, heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., coming: _Optional[bool] = ..., loading: _Optional[bool] = ...) -> None: ...
 
 class StateAsk(_message.Message):
     __slots__ = ("stage", "step", "begun", "at")
@@ -240,16 +242,16 @@ class StateChunk(_message.Message):
     def __init__(self, mean: _Optional[bool] = ..., number: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
 
 class FromNewcomer(_message.Message):
-    __slots__ = ("alive", "ask", "chunk", "joined")
+    __slots__ = ("alive", "ask", "chunk", "coming")
     ALIVE_FIELD_NUMBER: _ClassVar[int]
     ASK_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
-    JOINED_FIELD_NUMBER: _ClassVar[int]
+    COMING_FIELD_NUMBER: _ClassVar[int]
     alive: bool
     ask: StateAsk
     chunk: StateChunk
-    joined: bool
-    def __init__(self, alive: _Optional[bool] = ..., ask: _Optional[_Union[StateAsk, _Mapping]] = ..., chunk: _Optional[_Union[StateChunk, _Mapping]] = ..., joined: _Optional[bool] = ...) -> None: ...
+    coming: bool
+    def __init__(self, alive: _Optional[bool] = ..., ask: _Optional[_Union[StateAsk, _Mapping]] = ..., chunk: _Optional[_Union[StateChunk, _Mapping]] = ..., coming: _Optional[bool] = ...) -> None: ...
 
 class StateOffer(_message.Message):
     __slots__ = ("version", "number", "size_bytes", "busy")

@@ -6,6 +6,8 @@ gradients of that trainer's microbatches until `stamp + lease_s` on its own cloc
 hearing from a peer waits out the same lease before it gives the work to another, so a peer that was
 stopped and wakes up cannot accumulate a second time; clocks need not agree, only run equally fast.
 
+A newcomer is watched while its state still comes: it says so, and no more, until it may be given work.
+
 A broken watch stream does not end the session: events wait for the trainer to open the next one. When
 the lease has run out, or the trainer says goodbye, the session ends and everything held for it goes.
 
@@ -13,6 +15,7 @@ I/O: one event loop; `may_accumulate` is also called by the compute thread.
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,6 +31,7 @@ SERVICE = "watch"
 GOODBYE_S, LOOK_S = 1.0, 0.01
 MAX_EVENTS = 20_000  # for a trainer that does not read: its session ends
 MAX_SESSIONS, SESSIONS_EACH = 64, 4
+LOADING = pb.WatchFrame(loading=True).SerializeToString()
 
 
 @dataclass(slots=True)
@@ -66,9 +70,16 @@ class Watchers:
         self._network, self._settings, self._clock = network, settings, clock
         self._status, self._history, self._on_end = status, history, on_end
         self._sessions: dict[tuple[PeerId, bytes], Session] = {}
+        self._ready = False
 
     async def start(self) -> None:
         await self._network.serve(SERVICE, self._watch)
+
+    def ready(self) -> None:
+        """This peer has its state: trainers may give it work."""
+        self._ready = True
+        for session in self._sessions.values():
+            session.changed.set()
 
     def close(self) -> None:
         """Answer nobody any more."""
@@ -115,11 +126,8 @@ class Watchers:
             session = self._sessions[name] = Session(stream.remote, ping.session, lease_s)
         session.open.append(stream)
         try:
-            for stepped in self._history():
-                stepped.fresh = fresh
-                await stream.send(pb.WatchFrame(stepped=stepped).SerializeToString())
             async with asyncio.TaskGroup() as tasks:
-                speaking = tasks.create_task(self._speak(stream, session))
+                speaking = tasks.create_task(self._speak(stream, session, fresh=fresh))
                 tasks.create_task(self._listen(stream, session, speaking))
         except* LinkError:
             stream.abort()
@@ -138,11 +146,19 @@ class Watchers:
         except DecodeError:
             raise LinkError(stream.remote, "malformed ping") from None
 
-    async def _speak(self, stream: Stream, session: Session) -> None:
-        """Send events as they come, and a heartbeat every period."""
+    async def _speak(self, stream: Stream, session: Session, *, fresh: bool) -> None:
+        """Send what the state contains, then events as they come, and a heartbeat every period."""
         loop = asyncio.get_running_loop()
+        while not (self._ready or session.leaving):
+            session.changed.clear()
+            await stream.send(LOADING)
+            await _within(self._settings.heartbeat_s, session.changed)
+        for stepped in self._history():
+            stepped.fresh = fresh
+            await stream.send(pb.WatchFrame(stepped=stepped).SerializeToString())
         next_beat_s = loop.time()
         while not (session.goodbye or (session.leaving and not session.events)):
+            session.changed.clear()
             while session.events:
                 await stream.send(session.events[0])
                 session.events.popleft()
@@ -152,12 +168,7 @@ class Watchers:
                 beat = pb.Heartbeat(sent_at_s=self._clock(), queue=queue, version=version)
                 await stream.send(pb.WatchFrame(heartbeat=beat).SerializeToString())
                 next_beat_s = loop.time() + self._settings.heartbeat_s
-            session.changed.clear()
-            try:
-                async with asyncio.timeout(max(0.0, next_beat_s - loop.time())):
-                    await session.changed.wait()
-            except TimeoutError:
-                pass
+            await _within(next_beat_s - loop.time(), session.changed)
             if len(session.events) > MAX_EVENTS:
                 raise LinkError(session.trainer, "does not read its events")
 
@@ -196,3 +207,10 @@ class Watchers:
             self._on_end(session)
         else:
             asyncio.get_running_loop().call_later(left_s + 0.01, self._expire, session)
+
+
+async def _within(limit_s: float, event: asyncio.Event) -> None:
+    """Wait for it, so long at most."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(0.0, limit_s)):
+            await event.wait()

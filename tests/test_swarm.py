@@ -9,6 +9,7 @@ import torch
 
 from averaging import virtual_time
 from averaging.codecs import CODECS
+from averaging.memory_network import Link
 from swarm import swarm_pb2 as pb
 from swarm.messages import Push, Route, pack_tokens
 from swarm.metrics import PUSH
@@ -398,6 +399,32 @@ def test_trainers_find_a_newcomer_at_once_not_when_they_read_the_roster_next():
         await training
 
     simulate(test, "network.announce_s=30", "network.expire_s=120")
+
+
+def test_a_newcomer_is_watched_while_its_state_comes_and_works_the_moment_it_has_it():
+    async def test(sim):
+        await train(sim, 60)
+        newcomer, asked_s = await sim.start_peer(1), sim.clock()
+        peer, announce = sim.peers[newcomer].peer, sim.directory.announce
+
+        def slow(a, b):
+            from_donor = b == newcomer and a.endswith("stage1")
+            return Link(latency_s=sim.latency_s, bytes_per_s=10_000 if from_donor else float("inf"))
+
+        async def late(record):
+            await asyncio.sleep(0 if record.loading else 5)
+            await announce(record)
+
+        sim.hub.link, sim.directory.announce = slow, late
+        await sim.until(lambda: newcomer in sim.pipeline._watched, 1)
+        training = asyncio.ensure_future(train(sim, 100, first=60))
+        await sim.until(lambda: peer.server.announced_version, 30)
+        assert sim.clock() - asked_s > 0.5
+        assert not peer.server.counters["tokens"], "it was given work before it had the state"
+        await sim.until(lambda: peer.server.counters["tokens"], 0.3)
+        await training
+
+    simulate(test, "network.announce_s=30", "network.expire_s=120", "training.target_batch_tokens=160")
 
 
 def pools_of(sim) -> list[int]:

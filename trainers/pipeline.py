@@ -83,7 +83,7 @@ class Pipeline:
         self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat was answered
         self._told_s: dict[tuple[PeerId, PeerId], float] = {}  # when to say again that a link fails
         self._tasks: set[asyncio.Task[None]] = set()
-        self._joined = asyncio.Event()  # somebody has come
+        self._coming = asyncio.Event()  # somebody does, or may be found elsewhere by now
         self.changed = asyncio.Event()  # something completed, settled, or stepped
 
     async def run(self) -> None:
@@ -124,7 +124,7 @@ class Pipeline:
 
     async def _read_rosters(self) -> None:
         while True:
-            self._joined.clear()
+            self._coming.clear()
             for stage in range(self._config.model.stages):
                 try:
                     records = await self._directory.roster(stage)
@@ -133,7 +133,7 @@ class Pipeline:
                     continue
                 for record in records:
                     banned = self._wirings[stage].is_banned(record.peer, self._clock())
-                    if record.peer not in self._watched and not banned and record.serves:
+                    if record.peer not in self._watched and not banned and record.computes:
                         self._stage_of[record.peer] = stage
                         task = asyncio.create_task(self._watch(stage, record.peer))
                         self._watched[record.peer] = task
@@ -143,11 +143,11 @@ class Pipeline:
             complete = self.ready_stages == self._config.model.stages
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(period_s if complete else LOOK_S):
-                    await self._joined.wait()
+                    await self._coming.wait()
 
     def _unwatch(self, peer: PeerId, task: "asyncio.Task[None]") -> None:
         self._watched.pop(peer, None)
-        self._joined.set()  # it may stand on another roster by now
+        self._coming.set()  # it may stand on another roster by now
         self.throttle.gone(peer)
         self._raise_bug(task)
 
@@ -227,8 +227,10 @@ class Pipeline:
                         if again:
                             self.feed(ev.WatchBroke(peer))
                     self.feed(ev.SteppedEvent(stage, peer, message.heartbeat.version))
-                case "joined":
-                    self._joined.set()
+                case "coming":
+                    self._coming.set()
+                case "loading":
+                    heard_s = self._clock()
                 case "event":
                     event = _hop_event(peer, message.event)
                     self._note_bad_link(stage, event)
