@@ -2,15 +2,18 @@
 
     python -m experiments.benchmarks.faults [--minutes 10] [--every 10] [--seed 0] [--json]
 
-Real processes: organizer, trainer, two peers per stage, whose devices compute for a part of the time only,
-so that one machine's cores are not what they share. Dealt by the seed: SIGKILL and SIGTERM of a peer, which
-is replaced at once, SIGSTOP of a peer for 20 s, SIGKILL of the organizer, which is started again 5 s later.
+Real processes: organizer, trainer, two peers per stage. At full speed all share the cores, whoever lives, and
+could do as much as replacements leave of these while they start. With `--device-share` the devices compute
+for a part of the time only, so that not the cores limit the run, and could do what they have left in the
+weakest stage. Dealt by the seed: SIGKILL and SIGTERM of a peer, which is replaced at once, SIGSTOP of a peer
+for 20 s, SIGKILL of the organizer, which is started again 5 s later.
 No fault takes the last peer that serves a stage. Reported: tokens/s, also against what the peers that served
-could do, as the undisturbed run shows it; the loss at equal tokens; microbatches lost.
+could do, as the undisturbed run shows it; the loss at equal tokens; microbatches lost. Linux.
 """
 
 import argparse
 import asyncio
+import os
 import random
 import signal
 import sys
@@ -35,6 +38,7 @@ LOOK_S = 0.25
 CALM_S = 45.0  # at the end: stopped peers are back by then
 START_S, END_S = 120.0, 180.0
 BEGUN = "held-out loss"  # what a trainer says once it trains
+SERVES, LEADS = "serving stage", "others join with"  # what a peer and an organizer say once they are there
 
 
 @dataclass
@@ -50,6 +54,9 @@ class Minutes:
     organizer_away: bool = False
     port: str = "0"  # the organizer's; at first any
     shares: list[float] = field(default_factory=list)  # of the peers of the weakest stage, over time
+    starting_s: dict[str, float] = field(default_factory=dict)  # of the cores, by who replaced another
+    busy: float = 0.0  # part of the cores, from the first sample to the last
+    replaced: float = 0.0  # part of the cores that those who replaced others needed to start
 
     async def carry_out(self, *, faults: bool) -> dict[str, Any]:
         """Returns what the organizer's summary holds."""
@@ -90,7 +97,8 @@ class Minutes:
     async def _start_organizer(self, *more: str) -> None:
         sets = [part for override in [*self.overrides, "local=null"] for part in ("--set", override)]
         command = ["-m", "trainers.cli", "run", str(RUN_FILE), "--folder", str(self.folder)]
-        with (self.folder / f"organizer-{self.dealt['organizer']}.log").open("wb") as output:
+        self.organizer_log = self.folder / f"organizer-{self.dealt['organizer']}.log"
+        with self.organizer_log.open("wb") as output:
             self.organizer = await asyncio.create_subprocess_exec(
                 *(sys.executable, *command, "--port", self.port, *sets, *more),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -163,15 +171,30 @@ class Minutes:
 
     def _serving(self) -> list[Child]:
         peers = [child for child in self.local.children if child.kind == "peer" and child.running]
-        return [c for c in peers if c.name not in self.away and "serving stage" in c.log.read_text()]
+        return [c for c in peers if c.name not in self.away and SERVES in c.log.read_text()]
 
     async def _watch(self) -> None:
         assert self.config.local is not None
         wanted = self.config.local.peers(self.config.model.stages)
+        first = {child.name for child in self.local.children}
+        began = core_seconds()
         while True:
             pools = Counter(child.stage for child in self._serving())
             self.shares.append(min(pools[stage] / count for stage, count in enumerate(wanted)))
+            for child in self.local.children:
+                if child.name not in first and child.running and SERVES not in child.log.read_text():
+                    self.starting_s[child.name] = cpu_s(child.process.pid)
+            if self.dealt["organizer"] and LEADS not in self.organizer_log.read_text():
+                self.starting_s[self.organizer_log.stem] = cpu_s(self.organizer.pid)
             await asyncio.sleep(LOOK_S)
+            busy_s, all_s = (now - then for now, then in zip(core_seconds(), began, strict=True))
+            self.busy, self.replaced = busy_s / all_s, sum(self.starting_s.values()) / all_s
+
+    def could(self, calm: "Minutes") -> float:
+        """What part of the calm run's speed this one could have had, by who lived."""
+        if self.options.device_share < 1:
+            return sum(self.shares) / len(self.shares)
+        return min(1.0, (1 - self.replaced) / calm.busy)
 
     async def _until(self, condition: Callable[[], object], limit_s: float, what: str) -> None:
         end_s = time.monotonic() + limit_s
@@ -181,6 +204,26 @@ class Minutes:
                 logs = sorted(self.folder.glob("organizer-*.log"))
                 raise SystemExit(f"{what}: not within {limit_s:.0f} s; organizer: {last_line(logs[-1])}")
             await asyncio.sleep(LOOK_S)
+
+
+def core_seconds() -> tuple[float, float]:
+    """Of all cores since the machine started: busy, and altogether."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    ticks = os.sysconf("SC_CLK_TCK")
+    return (sum(fields) - fields[3] - fields[4]) / ticks, sum(fields) / ticks
+
+
+def cpu_s(session: int) -> float:
+    """Seconds for which the living processes of a session have computed."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(fields[3]) == session:
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def tokens_per_s(evaluations: list[dict[str, float]]) -> float:
@@ -193,8 +236,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--every", type=float, default=10.0, help="seconds between faults")
-    parser.add_argument("--device-share", type=float, default=0.07)
-    parser.add_argument("--steps", type=int, default=100, help="of the learning rate's schedule")
+    parser.add_argument("--device-share", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, default=1000, help="of the learning rate's schedule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", default=list(FAULTS), choices=list(FAULTS))
     parser.add_argument("--runs", nargs="+", default=["calm", "faults"], choices=["calm", "faults"])
@@ -220,10 +263,11 @@ def main() -> None:
         summaries = {name: asyncio.run(run.carry_out(faults=name == "faults")) for name, run in runs.items()}
     rows = [_row(name, runs[name], summaries[name], summaries) for name in runs]
     calm, faults = rows[0], rows[-1]
-    could = calm["tokens/s"] * faults["peers of the weakest"]
+    could = runs[options.runs[-1]].could(runs[options.runs[0]])
     ratios = {
+        "living_peers_could": could,
         "tokens_per_s": faults["tokens/s"] / calm["tokens/s"],
-        "of_what_living_peers_could": faults["tokens/s"] / could,
+        "of_what_living_peers_could": faults["tokens/s"] / (calm["tokens/s"] * could),
         "loss": faults["loss at equal tokens"] / calm["loss at equal tokens"],
     }
     report("faults", rows, ratios, options.json)
@@ -237,6 +281,8 @@ def _row(name: str, run: Minutes, summary: dict[str, Any], all_: dict[str, dict[
         "run": name,
         "tokens/s": tokens_per_s(evaluations),
         "peers of the weakest": sum(run.shares) / len(run.shares),
+        "cores busy": run.busy,
+        "cores to replace": run.replaced,
         "loss at equal tokens": loss_at(evaluations, tokens),
         "tokens": tokens,
         "steps": summary["steps"],
