@@ -52,12 +52,14 @@ class Donor:
         uplink: UplinkMeter,
         on_coming: Callable[[], None] = lambda: None,
     ) -> None:
-        """Newcomers together get at most `upload_share` of the `uplink`, once that has been measured.
+        """Newcomers together get at most `upload_share` of the `uplink`, once that has been measured; 1: all.
 
         `on_coming`: one of them stands on the roster, or will in a moment.
         """
         self._network, self._holdings, self._on_coming = network, holdings, on_coming
-        self._allowance = Allowance(lambda: upload_share * (uplink.reported or uplink.measured))
+        self._allowance = Allowance(
+            lambda: 0 if upload_share == 1 else upload_share * (uplink.reported or uplink.measured)
+        )
         self.available = False  # nothing to give before this peer has a state itself
         self._leases: dict[PeerId, _Lease] = {}
 

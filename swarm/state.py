@@ -58,18 +58,22 @@ class StateLoader:
         Raises:
             AveragingError: none gave its state, and at least one could not be asked: it may have one.
         """
+        time_s = asyncio.get_running_loop().time
+        asked_s = time_s()
         offers = await self.donors.offers(peers, at_least=at_least, outlasting=outlasting)
         if not offers:
             self.outrun = False
             return False
+        log.debug("%d offers within %.2f s", len(offers), time_s() - asked_s)
         await self.say_coming()
         best = self.donors.best(offers)
         version, size = best.name[1], best.contents.size_bytes
         if version != self._stage.version or best.contents != await self._own_contents():
-            began_s = asyncio.get_running_loop().time()
+            began_s = time_s()
             data = await self.donors.state(best)
+            log.debug("transferred in %.2f s", time_s() - began_s)
             await between_hops(self._compute, lambda: self._load(data, version))
-            took_s, names = asyncio.get_running_loop().time() - began_s, self.donors.names
+            took_s, names = time_s() - began_s, self.donors.names
             log.info("loaded version %d (%.1f MB) in %.1f s from %s", version, size / 1e6, took_s, names)
         else:
             log.info("the same state, of version %d, as %s", version, self.donors.names)

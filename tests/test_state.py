@@ -439,6 +439,10 @@ def test_newcomers_get_their_share_of_the_uplink_and_no_more():
         await donor._allowance.spend(5_000_000)
         await donor._allowance.spend(5_000_000)
         assert now() == pytest.approx(1.0)
+        whole = Donor(mate.network, mate.holdings, upload_share=1.0, uplink=uplink)
+        for _ in range(9):
+            await whole._allowance.spend(10_000_000)
+        assert now() == pytest.approx(1.0), "all of it is the link's own matter"
         await asyncio.sleep(1)
         allowance = Allowance(lambda: 1000.0)
         await asyncio.gather(*(allowance.spend(500) for _ in range(9)))

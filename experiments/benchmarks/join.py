@@ -4,7 +4,8 @@
 
 Real processes in network namespaces shaped by `tc`: an organizer, a trainer, donors of one stage whose links
 carry so many Mbit/s, and newcomers with 1,000, one after the other, while the run goes on. The state has
-100 MB. It stands against the time that the state's bytes need at the sum of the donors' rates.
+100 MB. It stands against the time that the state's bytes need at the sum of the donors' rates. Each peer's
+device computes for a part of the time: the cores of one machine are not to be what the peers share.
 """
 
 import argparse
@@ -87,6 +88,7 @@ def joins(options: argparse.Namespace, folder: Path) -> list[dict[str, float | s
 
         def start_peer(name: str, place: tuple[str, str]) -> Process:
             there = ["--join", address, "--listen", place[1], "--threads", "1", "--name", name]
+            there += ["--device-share", str(options.device_share), "--no-state"]
             return start(name, place, "swarm.cli", "--stage", "0", *there)
 
         try:
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--donors", type=int, default=2)
     parser.add_argument("--mbit", type=int, default=200)
     parser.add_argument("--joins", type=int, default=5)
+    parser.add_argument("--device-share", type=float, default=0.2)
     parser.add_argument("--warm-up-s", type=float, default=10.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
