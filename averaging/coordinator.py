@@ -97,16 +97,18 @@ class Coordinator:
         suspect: Callable[[LinkError], None],
         refresh: Callable[[], Awaitable[None]],
         rng: random.Random,
+        heard: Callable[[PeerId], None] = lambda peer: None,
     ) -> None:
         """`expected` are the live peers, this one included, as of the last `refresh`, `voters` those of them
         that are no auxiliaries, `electors` those of some peers whose majority decides, and `silent` those
         that have not answered lately; `reporting_to` is this peer's own coordinator, and `pending` whether it
-        still hears that of a plan; `suspect` hears of every dial that failed."""
+        still hears that of a plan; `suspect` hears of every dial that failed, and `heard` of everybody
+        who reports, or answers as one that has a say."""
         self._network, self._rules, self._rng = network, rules, rng
         self._version, self._expected, self._voters = version, expected, voters
         self._electors = electors
         self._silent, self._reporting_to, self._pending = silent, reporting_to, pending
-        self._suspect, self._refresh = suspect, refresh
+        self._suspect, self._refresh, self._heard = suspect, refresh, heard
         self._ballots: list[Ballot] = []
         self._committed: dict[bytes, Committed] = {}
         self._abandoned: dict[bytes, None] = {}
@@ -162,6 +164,7 @@ class Coordinator:
                         break  # sent away, or it has opened another stream
                     if report is not None:
                         ballot.heard_s[peer] = time_s()
+                        self._heard(peer)
                         self._take(ballot, peer, report)
                     elif time_s() - max(ballot.heard_s[peer], ballot.closed_s or 0.0) >= rules.silence_s:
                         if ballot.closed_s is not None:
@@ -438,9 +441,12 @@ class Coordinator:
         """Ask another peer about a plan or a step. Raises LinkError."""
         frame = await self._queries.call(peer, query.SerializeToString())
         try:
-            return pb.StepInfo.FromString(frame.header)
+            info = pb.StepInfo.FromString(frame.header)
         except DecodeError:
             raise LinkError(peer, "malformed answer to a step query") from None
+        if info.version >= self._version():  # who answers here without a say is at version 0
+            self._heard(peer)
+        return info
 
     async def _answer_query(self, sender: PeerId, frame: Frame) -> tuple[bytes, Buffer]:
         try:

@@ -126,6 +126,7 @@ class Participant:
         self._mode, self._auxiliaries, self._newcomers = mode, auxiliaries, newcomers
         self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
         self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
+        self._heard_s: dict[PeerId, float] = {}  # who has answered when, and not failed to since
         self._seen_plans: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
         self._finishing: set[asyncio.Task[None]] = set()
         self._pending: bytes = b""  # the plan whose coordinator is still heard
@@ -143,6 +144,7 @@ class Participant:
             suspect=self._suspect,
             refresh=refresh_roster,
             rng=rng,
+            heard=self._note_heard,
         )
 
     async def start(self) -> None:
@@ -188,11 +190,16 @@ class Participant:
     # who
 
     def live(self) -> list[PeerId]:
-        """The peers that are not known to be dead, this one included."""
+        """The peers that are not known to be dead, this one included.
+
+        Who answers lives, also if the roster does not say so: a peer that was away may read one without the
+        others, and would go on alone beside them.
+        """
         recent_s = asyncio.get_running_loop().time() - self._rules.expire_s
         self._dead_s = {p: at for p, at in self._dead_s.items() if at > recent_s}
-        me = self._network.peer_id
-        return [*(p for p in self._roster() if p not in self._dead_s and p != me), me]
+        self._heard_s = {p: at for p, at in self._heard_s.items() if at > recent_s}
+        me, known = self._network.peer_id, dict.fromkeys([*self._roster(), *self._heard_s])
+        return [*(p for p in known if p not in self._dead_s and p != me), me]
 
     def voters(self) -> list[PeerId]:
         """Those of them that have a vector of their own."""
@@ -207,8 +214,13 @@ class Participant:
     def _suspect(self, error: LinkError) -> None:
         """A dial failed: its peer is dead, or cannot be reached from here for now."""
         if error.peer != self._network.peer_id:
+            self._heard_s.pop(error.peer, None)
             suspected = self._dead_s if error.refused else self._unreachable_s
             suspected[error.peer] = asyncio.get_running_loop().time()
+
+    def _note_heard(self, peer: PeerId) -> None:
+        if peer not in self._auxiliaries():
+            self._heard_s[peer] = asyncio.get_running_loop().time()
 
     def _silent(self) -> Collection[PeerId]:
         """Peers that have not answered lately."""
@@ -315,7 +327,7 @@ class Participant:
         me_and_coordinator = {self._network.peer_id, coordinator}
         if any(peer not in {*self._roster(), *me_and_coordinator} for peer in plan.by_peer):
             await self._refresh_roster()  # a newcomer that announced itself a moment ago
-        roster = {*self._roster(), *me_and_coordinator}
+        roster = {*self._roster(), *self.live(), *me_and_coordinator}
         mine = self._report(contributor)
         wrong = check_plan(plan, me=self._network.peer_id, step=step, mine=mine, roster=roster)
         if wrong is None and plan.key in self._seen_plans:

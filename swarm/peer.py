@@ -383,9 +383,10 @@ class Peer:
                 self._holdings.reached()
                 return True
             await self.membership.read()
-            if await self._loader.load(self._donors(), at_least=self.stage.version):
+            if await self._loader.load(self._living(), at_least=self.stage.version):
                 self._holdings.reached()
                 return True
+            log.info("nobody gives a state of stage %d for now", self._stage_number)
         except AveragingError as trouble:
             log.info("no state of stage %d for now: %s", self._stage_number, trouble)
         await asyncio.sleep(REFETCH_PAUSE_S)
@@ -396,6 +397,11 @@ class Peer:
         able = [record for record in self.membership.others.values() if record.serves]
         self._rng.shuffle(able)
         return [record.peer for record in sorted(able, key=lambda record: -record.version)]
+
+    def _living(self) -> Sequence[PeerId]:
+        """Donors, and who else has answered lately."""
+        heard = (peer for peer in self.updater.participant.voters() if peer != self._network.peer_id)
+        return [*dict.fromkeys([*self._donors(), *heard])]
 
     def _progressed(self) -> None:
         if not self._join_s:

@@ -427,6 +427,36 @@ def test_a_newcomer_is_watched_while_its_state_comes_and_works_the_moment_it_has
     simulate(test, "network.announce_s=30", "network.expire_s=120", "training.target_batch_tokens=160")
 
 
+def test_who_was_away_and_reads_a_roster_without_the_others_takes_no_step_alone():
+    """The DHT's engine forgets nodes that did not answer, also when it could not hear them itself."""
+
+    async def test(sim):
+        await train(sim, 40)
+        away, mate = (p.id for p in sim.peers.values() if p.stage == 1)
+        peer, directory = sim.peers[away].peer, sim.directory
+
+        class OfWhoWasAway:
+            async def announce(self, record):
+                if away not in sim.hub.hung:
+                    await directory.announce(record)
+
+            async def roster(self, stage):
+                records = await directory.roster(stage)
+                return [r for r in records if r.peer == away or away in sim.hub.hung]
+
+        peer.membership._directory = OfWhoWasAway()
+        sim.hub.hang(away)
+        training = asyncio.ensure_future(train(sim, 300, first=40))
+        await sim.until(lambda: sim.peers[mate].peer.stage.version > peer.stage.version + 3)
+        sim.hub.resume(away)
+        await training
+        split = [node for node, states in sim.hashes.items() if len(states) > 1]
+        assert not split, f"(stage, version) with different states: {split}"
+        assert peer.stage.version > 20
+
+    simulate(test)
+
+
 def pools_of(sim) -> list[int]:
     """Peers that serve each stage."""
     serving = Counter(p.stage for p in sim.peers.values() if not p.peer.membership.loading)
