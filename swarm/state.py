@@ -100,8 +100,8 @@ class StateLoader:
         return self._stage.version > before
 
     async def say_coming(self) -> None:
-        """This peer stands on the roster, or will in a moment: let the donors tell the trainers, who would find
-        it later."""
+        """This peer stands on the roster, or will in a moment: let the donors tell the trainers, who would
+        find it later."""
         await self.donors.say_coming()
 
     def release(self) -> None:
