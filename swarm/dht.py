@@ -35,7 +35,7 @@ MANIFEST_EXPIRE_S = 24 * 3600.0
 CALL_S = 10.0
 JOIN_S = 30.0
 LOOK_AGAIN_S = 1.0
-REMEMBERED_NODES, WITNESSES = 64, 3
+REMEMBERED_NODES, WITNESSES, TRIES = 64, 3, 3
 SIGNATURE_BYTES = 1024  # at most, with the engine's framing
 RUN_KEY_BYTES = DHTID.generate(source=RUN_KEY).to_bytes()
 _OWNER = re.compile(re.escape(RSASignatureValidator.PUBLIC_KEY_FORMAT).replace(b"_key_", b"(.+?)"))
@@ -95,6 +95,7 @@ class HivemindDirectory:
         self.run = ""  # set once the manifest is known; part of every key
         self._asked = {str(Multiaddr(address)).rpartition("/p2p/")[2] for address in joined}
         self._met: list[PeerID] = []  # nodes that were known, the latest first
+        self._relied_on: set[PeerID] = set()  # those of the last call
         self._stages = 0  # known with the manifest, too
         self._read: dict[int, tuple[float, dict[PeerId, tuple[str, ...]]]] = {}  # stage -> when, addresses
         self._looking = asyncio.Lock()
@@ -205,13 +206,16 @@ class HivemindDirectory:
         """What `call` comes to, if others took part in it. Raises LinkError.
 
         The engine forgets whoever does not answer once. Who has forgotten everybody reads nothing but its own
-        records, and would take itself for the only peer.
+        records, and would take itself for the only peer; who was stopped and has forgotten most reads what
+        the others happen to store.
         """
         try:
             async with asyncio.timeout(CALL_S):
-                for _ in range(2):
+                for _ in range(TRIES):
                     before = self._others()
                     result = await call()
+                    if await self._meets_forgotten():
+                        continue  # they were not asked
                     if await self._were_others_there(before):
                         return result
                     await self._meet_again()
@@ -233,6 +237,16 @@ class HivemindDirectory:
         if set(before) <= set(known):
             return bool(known)
         return any(await asyncio.gather(*(self._meet(peer) for peer in known[:WITNESSES])))
+
+    async def _meets_forgotten(self) -> bool:
+        """Has the engine forgotten some since the last call who do answer? It knows them again then."""
+        await asyncio.sleep(0)
+        known = self._others()
+        forgotten = [peer for peer in self._relied_on if peer not in known][:REMEMBERED_NODES]
+        self._relied_on = {*known}
+        there = await asyncio.gather(*(self._meet(peer) for peer in forgotten))
+        self._relied_on.update(peer for peer, answers in zip(forgotten, there, strict=True) if answers)
+        return any(there)
 
     async def _meet_again(self) -> None:
         asked = [PeerID.from_base58(peer) for peer in self._asked]

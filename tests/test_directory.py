@@ -114,6 +114,23 @@ def test_a_read_in_which_nobody_answered_is_none_although_more_nodes_are_known()
     uvloop.run(main())
 
 
+def test_nodes_that_were_forgotten_although_they_answer_are_asked_again():
+    async def main():
+        async with joined([]) as organizer:
+            at_organizer = [organizer.addresses[0]]
+            async with joined(at_organizer) as first, joined(at_organizer) as second:
+                node = second.directory._node
+                table, forgotten = node.protocol.routing_table, first.network._p2p.peer_id
+                assert await second.directory.roster(1) == []
+                assert forgotten in table.peer_id_to_uid
+                del table[table.peer_id_to_uid[forgotten]]
+                node.blacklist.register_failure(forgotten)  # as after its answer was not heard
+                assert await second.directory.roster(1) == []
+                assert forgotten in table.peer_id_to_uid and forgotten not in node.blacklist
+
+    uvloop.run(main())
+
+
 def test_a_record_with_long_addresses_still_fits():
     addresses = tuple(
         f"/ip4/10.0.0.{n}/tcp/31337/p2p/{'Q' * 46}/p2p-circuit/p2p/{'Z' * 46}" for n in range(8)
