@@ -124,13 +124,13 @@ def asked(sim, stage: int) -> list:
 def test_an_archive_that_dies_leaves_no_trace(tmp_path):
     async def test(sim):
         await sim.start_archive(tmp_path)
-        training = asyncio.ensure_future(train(sim, 20))
+        training = asyncio.ensure_future(train(sim, 28))  # three steps: one before the archive's
         await sim.until(lambda: bool(asked(sim, 1)), 60)
         ((name, task),) = sim.archives.items()
         sim.hub.kill(name)
         task.cancel()
         await training
-        await train(sim, 60, first=20)
+        await train(sim, 60, first=28)
         assert min(versions(sim)) >= 6
         await asyncio.sleep(2 * LINGER_S)
         for p in sim.peers.values():
