@@ -239,13 +239,16 @@ class HopServer:
             raise RejectedError(sender, f"cancels {len(message.ids)} microbatches at once")
         for microbatch in message.ids:
             hop = self._of(sender, message.session, microbatch)
-            if hop is not None and hop.job is not None and not hop.job.cancel():
+            withdrawn = hop is not None and hop.job is not None and hop.job.cancel()
+            if hop is not None and hop.job is not None and not withdrawn:
                 await asyncio.gather(asyncio.wrap_future(hop.job), return_exceptions=True)
                 await asyncio.sleep(0)  # let the job's own continuation record what it did
             held = self._stage.holds(microbatch)
             if held is not None and self._route_of(microbatch) is not None:
                 loss = 0.0 if hop is None else hop.loss
                 answer.accumulated.add(microbatch=microbatch, step=held.step, loss=loss)
+                if withdrawn:  # it was to supply its neighbours: they will ask again
+                    self.mailbox.forget(microbatch)
             else:
                 self._drop_if_of(sender, message.session, microbatch, attempts.get(microbatch))
         return answer.SerializeToString()
