@@ -14,6 +14,7 @@ I/O: one event loop. Design section 6.
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Collection
@@ -40,10 +41,11 @@ from averaging.repair import Holdings
 from averaging.round import Round
 from averaging.shares import Mode
 from averaging.wire import MODES, done_of, plan_message, repair_message, report_of
+from averaging.witnesses import NO_WITNESSES, Witnesses
 
 STEP_SERVICE, QUERY_SERVICE = "step", "step-query"
 ALIVE = pb.FromCoordinator(alive=True).SerializeToString()
-OPEN_BALLOTS = 8
+OPEN_BALLOTS, MEETINGS = 8, 16
 REMEMBERED_PLANS = 256
 MAX_IDS, ID_BYTES = 16_384, 16  # of one member in one step
 TOO_FEW = "too few members are left"
@@ -98,6 +100,7 @@ class Coordinator:
         refresh: Callable[[], Awaitable[None]],
         rng: random.Random,
         heard: Callable[[PeerId], None] = lambda peer: None,
+        witnesses: Witnesses = NO_WITNESSES,
     ) -> None:
         """`expected` are the live peers, this one included, as of the last `refresh`, `voters` those of them
         that are no auxiliaries, `electors` those of some peers whose majority decides, and `silent` those
@@ -106,12 +109,13 @@ class Coordinator:
         who reports, or answers as one that has a say."""
         self._network, self._rules, self._rng = network, rules, rng
         self._version, self._expected, self._voters = version, expected, voters
-        self._electors = electors
+        self._electors, self._witnesses = electors, witnesses
         self._silent, self._reporting_to, self._pending = silent, reporting_to, pending
         self._suspect, self._refresh, self._heard = suspect, refresh, heard
         self._ballots: list[Ballot] = []
         self._committed: dict[bytes, Committed] = {}
         self._abandoned: dict[bytes, None] = {}
+        self._meeting: dict[PeerId, asyncio.Task[None]] = {}
         self._queries = Calls(network, QUERY_SERVICE, deadline_s=min(2.0, self._rules.progress_s))
 
     async def start(self) -> None:
@@ -127,6 +131,8 @@ class Coordinator:
         self._network.unserve(QUERY_SERVICE)
         for ballot in list(self._ballots):
             self._end(ballot)
+        for meeting in list(self._meeting.values()):
+            meeting.cancel()
         self._queries.close()
 
     @property
@@ -292,6 +298,9 @@ class Coordinator:
         """Close the ballot if it is time."""
         loop = asyncio.get_running_loop()
         rules = self._rules
+        if (furthest := self._witnesses.version()) > ballot.step:  # who has been away does not go on alone
+            self._send_all(ballot, pb.FromCoordinator(behind=furthest))
+            return Decision(False, f"others are at version {furthest}")
         enough = sum(report.weight for report in ballot.reports.values()) >= rules.target
         if not enough:
             ballot.reached_s = None  # a reporter has died since
@@ -303,6 +312,7 @@ class Coordinator:
             target=rules.target,
             expected=self._voters(),
             electors=self._electors(self._voters()),
+            heard=self._witnesses.hear_this(),
             silent=self._silent(),
             unheard=[p for p in ballot.reports if loop.time() > ballot.heard_s[p] + rules.overdue_s],
             waited_s=0.0 if ballot.reached_s is None else loop.time() - ballot.reached_s,
@@ -392,7 +402,8 @@ class Coordinator:
     def _is_quorum(self, ballot: Ballot, holdings: Holdings) -> bool:
         """Of all live peers, as for closing: who left may be in a plan with those who are not in this one."""
         assert ballot.plan is not None
-        return has_quorum(holdings.alive, self._electors({*self._voters(), *ballot.plan.bringers}))
+        electors = self._electors({*self._voters(), *ballot.plan.bringers})
+        return has_quorum(holdings.alive, electors, heard=self._witnesses.hear_this())
 
     def step_closed(self, version: int) -> None:
         """This peer has reached `version`: whoever still reports for an earlier step is behind."""
@@ -453,6 +464,7 @@ class Coordinator:
             query = pb.StepQuery.FromString(frame.header)
         except DecodeError:
             raise LinkError(sender, "malformed step query") from None
+        self._meet(sender)
         version = self._version() if self._has_a_say else 0
         info = pb.StepInfo(version=version, coordinator=self._reporting_to())
         if query.plan:
@@ -469,6 +481,17 @@ class Coordinator:
         else:
             info.reports = max((len(b.reports) for b in self._ballots if b.step == query.step), default=0)
         return info.SerializeToString(), b""
+
+    def _meet(self, peer: PeerId) -> None:
+        """Who asks here but stands on no roster that this peer has read may be a mate: ask back."""
+        if peer in self._meeting or len(self._meeting) >= MEETINGS or peer in self._expected():
+            return
+        task = self._meeting[peer] = asyncio.create_task(self._ask_back(peer))
+        task.add_done_callback(lambda done: self._meeting.pop(peer))
+
+    async def _ask_back(self, peer: PeerId) -> None:
+        with contextlib.suppress(LinkError):
+            await self.query(peer, pb.StepQuery(step=self._version()))
 
     # verdicts
 

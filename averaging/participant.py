@@ -42,6 +42,7 @@ from averaging.plan import Pass, Plan, Report, StepRules, check_plan, coordinato
 from averaging.round import Done
 from averaging.shares import Mode
 from averaging.wire import done_message, plan_of, repair_of, report_message
+from averaging.witnesses import NO_WITNESSES, Witnesses
 
 ALIVE = pb.FromMember(alive=True).SerializeToString()
 VERDICT_TRIES, VERDICT_PAUSE_S = 4, 0.25
@@ -116,6 +117,7 @@ class Participant:
         mode: Mode = Mode.MEMBER,
         auxiliaries: Callable[[], Collection[PeerId]] = tuple,
         newcomers: Callable[[], Collection[PeerId]] = tuple,
+        witnesses: Witnesses = NO_WITNESSES,
     ) -> None:
         """`name` is shared by all who average together; `roster` are the others that live, as of the last
         `refresh_roster`; `version` counts the steps that this peer has applied; `rng` names plans;
@@ -124,9 +126,11 @@ class Participant:
         self._network, self._all_reduce, self._rules, self._name = network, all_reduce, rules, name
         self._roster, self._refresh_roster, self._version = roster, refresh_roster, version
         self._mode, self._auxiliaries, self._newcomers = mode, auxiliaries, newcomers
+        self._witnesses = witnesses
         self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
         self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
         self._heard_s: dict[PeerId, float] = {}  # who has answered when, and not failed to since
+        self._stopped: set[PeerId] = set()  # who answered neither this peer nor the witnesses since
         self._seen_plans: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
         self._finishing: set[asyncio.Task[None]] = set()
         self._pending: bytes = b""  # the plan whose coordinator is still heard
@@ -145,6 +149,7 @@ class Participant:
             refresh=refresh_roster,
             rng=rng,
             heard=self._note_heard,
+            witnesses=witnesses,
         )
 
     async def start(self) -> None:
@@ -208,8 +213,10 @@ class Participant:
 
     def electors(self, peers: Collection[PeerId]) -> Collection[PeerId]:
         """Those whose majority decides. Not newcomers: with one that only they know, some would be a majority
-        beside that of the others, and the stage would split in two."""
-        return set(peers).difference(self._newcomers()) or peers
+        beside that of the others, and the stage would split in two. Nor who has stopped: who answers neither
+        this peer nor the witnesses."""
+        self._silent()
+        return set(peers).difference(self._newcomers(), self._stopped) or peers
 
     def _suspect(self, error: LinkError) -> None:
         """A dial failed: its peer is dead, or cannot be reached from here for now."""
@@ -221,12 +228,15 @@ class Participant:
     def _note_heard(self, peer: PeerId) -> None:
         if peer not in self._auxiliaries():
             self._heard_s[peer] = asyncio.get_running_loop().time()
+            self._stopped.discard(peer)
 
     def _silent(self) -> Collection[PeerId]:
-        """Peers that have not answered lately."""
+        """Peers that have not answered lately, here or elsewhere."""
         recent_s = asyncio.get_running_loop().time() - self._rules.progress_s
+        silent = frozenset(self._witnesses.silent())
+        self._stopped = self._stopped.union(self._unreachable_s).intersection(silent)
         self._unreachable_s = {p: at for p, at in self._unreachable_s.items() if at > recent_s}
-        return self._unreachable_s.keys()
+        return self._unreachable_s.keys() | silent
 
     def _next_coordinator(self) -> PeerId | None:
         """None if there is nobody an auxiliary could help."""

@@ -151,6 +151,7 @@ def decide(
     target: float,
     expected: Collection[PeerId],
     electors: Collection[PeerId] | None = None,
+    heard: bool = True,
     silent: Collection[PeerId] = (),
     unheard: Collection[PeerId] = (),
     waited_s: float,
@@ -163,6 +164,7 @@ def decide(
         expected: live peers that should be in the plan; they are waited for `grace_s`, and longer if they
             might be a majority that cannot be reached from here.
         electors: those of whom a majority may close it; all that are expected if None.
+        heard: somebody outside hears this side: see `has_quorum`.
         silent: those of them that have just been found not to answer; there is no grace for them.
         unheard: reporters that should have been heard again by now; a plan with one that has stopped holds
             all others up until that is certain, so it is not made before.
@@ -172,7 +174,7 @@ def decide(
     if total < target:
         return Decision(False, f"{total:g} of {target:g}")
     missing = [peer for peer in expected if peer not in reports]
-    if missing and not has_quorum(reports, expected if electors is None else electors):
+    if missing and not has_quorum(reports, expected if electors is None else electors, heard=heard):
         return Decision(False, f"{len(missing)} live peers cannot be reached and might close it, too")
     if unheard:
         return Decision(False, f"{len(unheard)} reporters are overdue, and may have stopped")
@@ -182,12 +184,15 @@ def decide(
     return Decision(True, f"{total:g} of {target:g} reached")
 
 
-def has_quorum(present: Collection[PeerId], live: Collection[PeerId]) -> bool:
+def has_quorum(present: Collection[PeerId], live: Collection[PeerId], *, heard: bool = True) -> bool:
     """Whether these may act without the rest: more than half of the live peers, or the half with the first.
 
-    Of two sides of a broken link at most one has it, so a stage does not split in two.
+    Of two sides of a broken link at most one has it, so a stage does not split in two. Those of whom it is
+    not certain that somebody outside hears them may be called silent by now: they need a majority of several.
     """
     inside = sum(peer in present for peer in live)
+    if not heard:
+        return 2 * inside > len(live) and inside > 1
     return 2 * inside > len(live) or (2 * inside == len(live) and min(live) in present)
 
 

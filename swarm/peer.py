@@ -158,6 +158,7 @@ class Peer:
             refetch=self._refetch,
             auxiliaries=self.membership.auxiliaries,
             newcomers=self.membership.newcomers,
+            witnesses=self.server.watchers,
             rng=self._rng,
             uplink=self._uplink,
             keep=self._keep,

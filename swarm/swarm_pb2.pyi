@@ -152,14 +152,18 @@ class HopReply(_message.Message):
     def __init__(self, status: _Optional[_Union[Status, str]] = ..., reason: _Optional[str] = ..., accumulated: _Optional[_Iterable[_Union[Accumulated, _Mapping]]] = ...) -> None: ...
 
 class WatchPing(_message.Message):
-    __slots__ = ("session", "echo_s", "fresh")
+    __slots__ = ("session", "echo_s", "fresh", "silent", "version")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ECHO_S_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
+    SILENT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     echo_s: float
     fresh: bool
-    def __init__(self, session: _Optional[bytes] = ..., echo_s: _Optional[float] = ..., fresh: _Optional[bool] = ...) -> None: ...
+    silent: _containers.RepeatedScalarFieldContainer[str]
+    version: int
+    def __init__(self, session: _Optional[bytes] = ..., echo_s: _Optional[float] = ..., fresh: _Optional[bool] = ..., silent: _Optional[_Iterable[str]] = ..., version: _Optional[int] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("kind", "microbatch", "attempt", "step", "loss", "direction", "target", "status", "reason")

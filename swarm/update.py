@@ -29,6 +29,7 @@ from averaging.moshpit import Contribution
 from averaging.network import Network, PeerId
 from averaging.participant import Mean, Participant
 from averaging.plan import Pass, StepRules
+from averaging.witnesses import NO_WITNESSES, Witnesses
 from swarm import swarm_pb2 as pb
 from swarm.compute import Compute, between_hops
 from swarm.config import RunConfig
@@ -90,15 +91,16 @@ class Updater:
         refetch: Callable[[BehindError | None], Awaitable[bool]],
         auxiliaries: Callable[[], Collection[PeerId]] = tuple,
         newcomers: Callable[[], Collection[PeerId]] = tuple,
+        witnesses: Witnesses = NO_WITNESSES,
         rng: random.Random,
         uplink: UplinkMeter | None = None,
         keep: Callable[[int, torch.Tensor, Collection[bytes]], None] = lambda step, mean, ids: None,
         on_step: Callable[[AppliedStep], None] = lambda done: None,
     ) -> None:
         """`roster` are the live peers of the stage without this one, as of the last `refresh_roster`;
-        `auxiliaries` those of them that only reduce, `newcomers` those not all may know; `refetch` brings the
-        stage to where the others are, if somebody can help; `keep` is shown the mean gradient [values] of
-        every step, for newcomers."""
+        `auxiliaries` those of them that only reduce, `newcomers` those not all may know; `witnesses` see
+        which mates have stopped, and how far they are; `refetch` brings the stage to where the others are, if
+        somebody can help; `keep` is shown the mean gradient [values] of every step, for newcomers."""
         self._stage, self._compute, self._server = stage, compute, server
         self._config, self._refetch, self._keep, self._on_step = config, refetch, keep, on_step
         self._frozen_ids: tuple[bytes, ...] = ()  # microbatches in what was frozen last
@@ -126,6 +128,7 @@ class Updater:
             rng=rng,
             auxiliaries=auxiliaries,
             newcomers=newcomers,
+            witnesses=witnesses,
         )
         server.on_progress = self.changed.set
 

@@ -29,6 +29,8 @@ from swarm.config import NetworkConfig
 
 SERVICE = "watch"
 GOODBYE_S, LOOK_S = 1.0, 0.01
+SILENT_BEATS = 4  # heartbeats that a trainer misses before it gives a peer no more work, and tells its mates
+MAX_SILENT = 64  # mates, in one ping
 MAX_EVENTS = 20_000  # for a trainer that does not read: its session ends
 MAX_SESSIONS, SESSIONS_EACH = 64, 4
 LOADING = pb.WatchFrame(loading=True).SerializeToString()
@@ -41,6 +43,9 @@ class Session:
     trainer: PeerId
     key: bytes
     lease_until_s: float
+    silent: frozenset[PeerId] = frozenset()  # mates that the trainer does not hear
+    version: int = 0  # of the mate that is furthest
+    said_s: float = float("-inf")  # when it last said so
     events: deque[bytes] = field(default_factory=deque)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     open: list[Stream] = field(default_factory=list)
@@ -53,7 +58,7 @@ class Session:
 
 
 class Watchers:
-    """All sessions of one peer."""
+    """All sessions of one peer; satisfies `averaging.witnesses.Witnesses`."""
 
     def __init__(
         self,
@@ -71,6 +76,7 @@ class Watchers:
         self._status, self._history, self._on_end = status, history, on_end
         self._sessions: dict[tuple[PeerId, bytes], Session] = {}
         self._ready = False
+        self._lost_s = float("-inf")  # when a trainer was lost
 
     async def start(self) -> None:
         await self._network.serve(SERVICE, self._watch)
@@ -91,6 +97,29 @@ class Watchers:
     def may_accumulate(self, trainer: PeerId, key: bytes) -> bool:
         session = self._sessions.get((trainer, key))
         return session is not None and self._clock() < session.lease_until_s
+
+    def silent(self) -> frozenset[PeerId]:
+        """Mates that no trainer hears: all say so, and none that might hear them has been lost lately."""
+        if not (self._sessions and all(map(self._is_heard, self._sessions.values()))) or self._lost_lately:
+            return frozenset()
+        return frozenset.intersection(*(session.silent for session in self._sessions.values()))
+
+    def hear_this(self) -> bool:
+        """Does some trainer hear this peer, for certain? Also true if there is none."""
+        if not self._sessions:
+            return not self._lost_lately
+        return any(map(self._is_heard, self._sessions.values()))
+
+    def version(self) -> int:
+        """Of the mate that is furthest, as the trainers hear."""
+        return max((s.version for s in self._sessions.values() if self._is_heard(s)), default=0)
+
+    def _is_heard(self, session: Session) -> bool:
+        return self._clock() < session.said_s + SILENT_BEATS * self._settings.heartbeat_s
+
+    @property
+    def _lost_lately(self) -> bool:
+        return self._clock() < self._lost_s + self._settings.expire_s
 
     def say(self, trainer: PeerId, key: bytes, frame: bytes) -> None:
         """Queue an event for one trainer; no-op when its session has ended."""
@@ -142,9 +171,12 @@ class Watchers:
     async def _ping(self, stream: Stream) -> pb.WatchPing | None:
         frame = await stream.receive()
         try:
-            return None if frame is None else pb.WatchPing.FromString(frame.header)
+            ping = None if frame is None else pb.WatchPing.FromString(frame.header)
         except DecodeError:
             raise LinkError(stream.remote, "malformed ping") from None
+        if ping is not None and len(ping.silent) > MAX_SILENT:
+            raise LinkError(stream.remote, f"calls {len(ping.silent)} peers silent")
+        return ping
 
     async def _speak(self, stream: Stream, session: Session, *, fresh: bool) -> None:
         """Send what the state contains, then events as they come, and a heartbeat every period."""
@@ -177,6 +209,8 @@ class Watchers:
         while (ping := await self._ping(stream)) is not None:
             if ping.echo_s <= self._clock():  # never beyond what this clock has stamped
                 session.lease_until_s = max(session.lease_until_s, ping.echo_s + self._settings.lease_s)
+                session.said_s = max(session.said_s, ping.echo_s)
+                session.silent, session.version = frozenset(ping.silent), ping.version
         session.goodbye = True
         speaking.cancel()
 
@@ -204,6 +238,8 @@ class Watchers:
         left_s = session.lease_until_s - self._clock()
         if session.goodbye or left_s <= 0:
             del self._sessions[name]
+            if not session.goodbye:
+                self._lost_s = self._clock()
             self._on_end(session)
         else:
             asyncio.get_running_loop().call_later(left_s + 0.01, self._expire, session)

@@ -34,8 +34,9 @@ def simulate(test, *overrides, peers=2, **arguments):
 
 
 async def train(sim, count, first=0):
+    ledger = sim.pipeline.ledger
     for number in range(first, first + count):
-        await sim.until(lambda: sim.pipeline.ledger.in_flight < 6)
+        await sim.until(lambda: ledger.in_flight - ledger.stuck < 6)
         sim.issue(number)
     await sim.until(lambda: len(sim.completed) >= first + count)
 
@@ -449,12 +450,49 @@ def test_who_was_away_and_reads_a_roster_without_the_others_takes_no_step_alone(
         training = asyncio.ensure_future(train(sim, 300, first=40))
         await sim.until(lambda: sim.peers[mate].peer.stage.version > peer.stage.version + 3)
         sim.hub.resume(away)
+        woken = sim.peers[mate].peer.stage.version
         await training
         split = [node for node, states in sim.hashes.items() if len(states) > 1]
         assert not split, f"(stage, version) with different states: {split}"
-        assert peer.stage.version > 20
+        assert woken + 5 < peer.stage.version >= sim.peers[mate].peer.stage.version - 1
 
     simulate(test)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_stage_of_two_goes_on_when_trainers_too_hear_one_of_them_no_more(first):
+    """A mate alone cannot tell who has stopped from who is behind a broken link and goes on; trainers can."""
+
+    async def test(sim):
+        await train(sim, 40)
+        pair = sorted(p.id for p in sim.peers.values() if p.stage == 1)
+        stopped, other = pair if first else reversed(pair)
+        sim.hub.hang(stopped)
+        training = asyncio.ensure_future(train(sim, 200, first=40))
+        version = sim.peers[other].peer.stage.version
+        await sim.until(lambda: sim.peers[other].peer.stage.version > version + 1, 8)
+        sim.hub.resume(stopped)
+        await training
+        split = [node for node, states in sim.hashes.items() if len(states) > 1]
+        assert not split, f"(stage, version) with different states: {split}"
+        assert sim.peers[stopped].peer.stage.version > version + 10
+
+    simulate(test, "network.expire_s=20")
+
+
+def test_a_stage_of_two_whose_link_is_cut_does_not_split_while_trainers_hear_both():
+    async def test(sim):
+        await train(sim, 40)
+        pair = [p.id for p in sim.peers.values() if p.stage == 1]
+        sim.hub.sever(*pair)
+        training = asyncio.ensure_future(train(sim, 200, first=40))
+        await asyncio.sleep(10)
+        sim.hub.heal(*pair)
+        await training
+        split = [node for node, states in sim.hashes.items() if len(states) > 1]
+        assert not split, f"(stage, version) with different states: {split}"
+
+    simulate(test, "network.expire_s=20")
 
 
 def pools_of(sim) -> list[int]:

@@ -13,7 +13,6 @@ from trainers.events import Command, LedgerEvent, PeerReady
 from trainers.ledger import Ledger
 from trainers.throttle import Throttle
 
-SILENT_BEATS = 4  # heartbeats that a trainer misses before it gives a peer no more work
 VERDICT_DEADLINES = 4  # that a step may take to close around a member that has fallen silent
 
 

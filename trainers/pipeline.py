@@ -35,7 +35,7 @@ from swarm.messages import Push, parse_reply
 from swarm.scope import at_stage
 from swarm.server import SERVICE
 from trainers import events as ev
-from trainers.assembly import SILENT_BEATS, ledger_of, take, throttle_of, wirings_of
+from trainers.assembly import ledger_of, take, throttle_of, wirings_of
 from trainers.ledger import batched_releases
 
 TICK_S = 0.05
@@ -81,6 +81,8 @@ class Pipeline:
         ]
         self._watched: dict[PeerId, asyncio.Task[None]] = {}  # one stream per peer
         self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat was answered
+        self._version_of: dict[PeerId, int] = {}  # of those that are heard
+        self._silent_s: dict[PeerId, float] = {}  # since when each peer that had been heard is not
         self._told_s: dict[tuple[PeerId, PeerId], float] = {}  # when to say again that a link fails
         self._tasks: set[asyncio.Task[None]] = set()
         self._coming = asyncio.Event()  # somebody does, or may be found elsewhere by now
@@ -166,6 +168,7 @@ class Pipeline:
                 if error.refused or now_s > heard_s + lease_s:
                     log.info("peer %s is gone: %s", peer[-8:], error)
                     return self._gone(ev.PeerGone(peer, silent=not error.refused))
+                self._miss(peer)
                 await asyncio.sleep(RETRY_S / 2)
                 continue
             again, heard_s = heard_s is not None, self._clock()
@@ -190,6 +193,9 @@ class Pipeline:
 
     def _gone(self, event: ev.PeerGone) -> None:
         self._heard_s.pop(event.peer, None)
+        self._version_of.pop(event.peer, None)
+        if not event.silent:
+            self._silent_s.pop(event.peer, None)
         self._calls_to(event.peer).forget(event.peer)
         self.feed(event)
 
@@ -201,12 +207,13 @@ class Pipeline:
         await stream.send(pb.WatchPing(session=self.session, fresh=not again).SerializeToString())
         while True:
             try:
-                async with asyncio.timeout(SILENT_BEATS * beat_s):
+                async with asyncio.timeout(watch.SILENT_BEATS * beat_s):
                     frame = await stream.receive()
             except TimeoutError:
                 if self._clock() - heard_s > lease_s:
                     raise LinkError(peer, f"silent for {lease_s:.1f} s") from None
                 self._wirings[stage].suspend(peer, True)
+                self._miss(peer)
                 continue
             if frame is None:
                 return True
@@ -217,9 +224,16 @@ class Pipeline:
             match message.WhichOneof("content"):
                 case "heartbeat":
                     heard_s = self._heard_s[peer] = self._clock()
+                    self._silent_s.pop(peer, None)
+                    self._version_of[peer] = message.heartbeat.version
                     self._wirings[stage].suspend(peer, False)
                     self.throttle.heard(peer, message.heartbeat.queue)
-                    echo = pb.WatchPing(session=self.session, echo_s=message.heartbeat.sent_at_s)
+                    echo = pb.WatchPing(
+                        session=self.session,
+                        echo_s=message.heartbeat.sent_at_s,
+                        silent=self._silent_mates(stage, peer),
+                        version=max(v for p, v in self._version_of.items() if self._stage_of[p] == stage),
+                    )
                     await stream.send(echo.SerializeToString())
                     if first:
                         first = False
@@ -245,6 +259,20 @@ class Pipeline:
                             stage, peer, told.version, frozenset(told.microbatches), whole=told.whole
                         )
                     )
+
+    def _miss(self, peer: PeerId) -> None:
+        """It has not been heard for a while, perhaps for so long that its mates are to know."""
+        now_s, silent_s = self._clock(), watch.SILENT_BEATS * self._config.network.heartbeat_s
+        if now_s >= self._heard_s.get(peer, now_s) + silent_s:
+            self._silent_s.setdefault(peer, now_s)
+            self._version_of.pop(peer, None)
+
+    def _silent_mates(self, stage: int, peer: PeerId) -> list[PeerId]:
+        """Others of the stage who do not say anything here; their records live on for a while."""
+        recent_s = self._clock() - self._config.network.expire_s
+        self._silent_s = {mate: since_s for mate, since_s in self._silent_s.items() if since_s > recent_s}
+        mates = [mate for mate in self._silent_s if mate != peer and self._stage_of[mate] == stage]
+        return mates[-watch.MAX_SILENT :]
 
     def _note_bad_link(self, stage: int, event: ev.HopEvent) -> None:
         """Tell the user, now and then, which peers do not reach each other: nothing else would show it."""

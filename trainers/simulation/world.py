@@ -11,8 +11,8 @@ from averaging.network import PeerId
 from swarm import swarm_pb2 as pb
 from swarm.config import RunConfig
 from swarm.messages import Route
+from swarm.watch import SILENT_BEATS
 from trainers import events as ev
-from trainers.assembly import SILENT_BEATS
 from trainers.simulation.events import Events
 from trainers.simulation.feeder import Feeder
 from trainers.simulation.fleet import Machine

@@ -1,0 +1,40 @@
+"""Others who are in touch with all peers of a stage: they see what its peers cannot tell from one another.
+
+A peer that hears nothing of a mate does not know whether that has stopped or goes on behind a broken link;
+and one that has been away itself does not know how far the others are.
+"""
+
+from collections.abc import Collection
+from typing import Final, Protocol
+
+from averaging.network import PeerId
+
+
+class Witnesses(Protocol):
+    def silent(self) -> Collection[PeerId]:
+        """Mates whom none of them hears, as all of them say."""
+        ...
+
+    def hear_this(self) -> bool:
+        """Do some of them hear this peer, so that they do not call it silent? True without any."""
+        ...
+
+    def version(self) -> int:
+        """Of the mate that is furthest."""
+        ...
+
+
+class NoWitnesses:
+    """Satisfies `Witnesses`."""
+
+    def silent(self) -> Collection[PeerId]:
+        return ()
+
+    def hear_this(self) -> bool:
+        return True
+
+    def version(self) -> int:
+        return 0
+
+
+NO_WITNESSES: Final[Witnesses] = NoWitnesses()
