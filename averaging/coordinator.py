@@ -92,7 +92,7 @@ class Coordinator:
         version: Callable[[], int],
         expected: Callable[[], Collection[PeerId]],
         voters: Callable[[], Collection[PeerId]],
-        electors: Callable[[Collection[PeerId]], Collection[PeerId]] = lambda peers: peers,
+        quorum: Callable[[Collection[PeerId], Collection[PeerId]], bool] = has_quorum,
         reporting_to: Callable[[], PeerId],
         silent: Callable[[], Collection[PeerId]],
         pending: Callable[[bytes], bool],
@@ -103,15 +103,16 @@ class Coordinator:
         witnesses: Witnesses = NO_WITNESSES,
     ) -> None:
         """`expected` are the live peers, this one included, as of the last `refresh`, `voters` those of them
-        that are no auxiliaries, `electors` those of some peers whose majority decides, and `silent` those
+        that are no auxiliaries, `quorum` whether some may act without the rest of others, and `silent` those
         that have not answered lately; `reporting_to` is this peer's own coordinator, and `pending` whether it
         still hears that of a plan; `suspect` hears of every dial that failed, and `heard` of everybody
         who reports, or answers as one that has a say."""
         self._network, self._rules, self._rng = network, rules, rng
         self._version, self._expected, self._voters = version, expected, voters
-        self._electors, self._witnesses = electors, witnesses
+        self._has_quorum, self._witnesses = quorum, witnesses
         self._silent, self._reporting_to, self._pending = silent, reporting_to, pending
         self._suspect, self._refresh, self._heard = suspect, refresh, heard
+        self.leaving = False  # told to whoever asks
         self._ballots: list[Ballot] = []
         self._committed: dict[bytes, Committed] = {}
         self._abandoned: dict[bytes, None] = {}
@@ -193,7 +194,7 @@ class Coordinator:
         """A reporter is silent: in the plan all would wait for it in vain. Its next report counts."""
         if ballot.reports.pop(peer, None) is not None:
             log.info("step %d: %s reports no more", ballot.step, peer[-8:])
-            self._suspect(LinkError(peer, f"silent for {self._rules.silence_s:.1f} s"))
+            self._suspect(LinkError(peer, f"silent for {self._rules.silence_s:.1f} s", silent=True))
             self.consider(ballot)
 
     async def _receive(self, stream: Stream, wait_s: float) -> pb.FromMember | None:
@@ -311,8 +312,7 @@ class Coordinator:
             ballot.reports,
             target=rules.target,
             expected=self._voters(),
-            electors=self._electors(self._voters()),
-            heard=self._witnesses.hear_this(),
+            quorum=self._has_quorum(ballot.reports, self._voters()),
             silent=self._silent(),
             unheard=[p for p in ballot.reports if loop.time() > ballot.heard_s[p] + rules.overdue_s],
             waited_s=0.0 if ballot.reached_s is None else loop.time() - ballot.reached_s,
@@ -402,8 +402,7 @@ class Coordinator:
     def _is_quorum(self, ballot: Ballot, holdings: Holdings) -> bool:
         """Of all live peers, as for closing: who left may be in a plan with those who are not in this one."""
         assert ballot.plan is not None
-        electors = self._electors({*self._voters(), *ballot.plan.bringers})
-        return has_quorum(holdings.alive, electors, heard=self._witnesses.hear_this())
+        return self._has_quorum(holdings.alive, {*self._voters(), *ballot.plan.bringers})
 
     def step_closed(self, version: int) -> None:
         """This peer has reached `version`: whoever still reports for an earlier step is behind."""
@@ -466,7 +465,7 @@ class Coordinator:
             raise LinkError(sender, "malformed step query") from None
         self._meet(sender)
         version = self._version() if self._has_a_say else 0
-        info = pb.StepInfo(version=version, coordinator=self._reporting_to())
+        info = pb.StepInfo(version=version, coordinator=self._reporting_to(), leaving=self.leaving)
         if query.plan:
             known = self._committed.get(query.plan)
             if known is not None:

@@ -9,12 +9,12 @@ class LinkError(AveragingError):
     """A stream to `peer` could not be opened or broke; use another peer or open it again.
 
     `refused`: the dial was answered by a machine on which the peer does not run any more; otherwise it may
-    be alive behind a broken link.
+    be alive behind a broken link. `silent`: nothing came for a while, as from one that has stopped.
     """
 
-    def __init__(self, peer: str, what: str, *, refused: bool = False) -> None:
+    def __init__(self, peer: str, what: str, *, refused: bool = False, silent: bool = False) -> None:
         super().__init__(f"link to {peer[-8:]}: {what}")
-        self.peer, self.what, self.refused = peer, what, refused
+        self.peer, self.what, self.refused, self.silent = peer, what, refused, silent
 
 
 class UserError(AveragingError):

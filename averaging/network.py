@@ -174,7 +174,8 @@ class Calls:
                 )
                 return await self._exchange(stream, header, payload)
         except TimeoutError:
-            raise LinkError(peer, f"no answer on {self._service!r} within {limit_s:.1f} s") from None
+            what = f"no answer on {self._service!r} within {limit_s:.1f} s"
+            raise LinkError(peer, what, silent=True) from None
 
     async def _exchange(self, stream: Stream, header: bytes, payload: Buffer) -> Frame:
         try:

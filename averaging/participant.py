@@ -130,7 +130,7 @@ class Participant:
         self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
         self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
         self._heard_s: dict[PeerId, float] = {}  # who has answered when, and not failed to since
-        self._stopped: set[PeerId] = set()  # who answered neither this peer nor the witnesses since
+        self._unanswered: set[PeerId] = set()  # who let this peer wait in vain, and has not been heard since
         self._seen_plans: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
         self._finishing: set[asyncio.Task[None]] = set()
         self._pending: bytes = b""  # the plan whose coordinator is still heard
@@ -141,7 +141,7 @@ class Participant:
             version=version,
             expected=self.live,
             voters=self.voters,
-            electors=self.electors,
+            quorum=self.has_quorum,
             reporting_to=lambda: self.reporting_to,
             silent=self._silent,
             pending=lambda plan: plan == self._pending,
@@ -211,30 +211,38 @@ class Participant:
         helping = {*self._auxiliaries(), *([self._network.peer_id] if self._mode is Mode.AUXILIARY else [])}
         return [peer for peer in self.live() if peer not in helping]
 
-    def electors(self, peers: Collection[PeerId]) -> Collection[PeerId]:
-        """Those whose majority decides. Not newcomers: with one that only they know, some would be a majority
-        beside that of the others, and the stage would split in two. Nor who has stopped: who answers neither
-        this peer nor the witnesses."""
-        self._silent()
-        return set(peers).difference(self._newcomers(), self._stopped) or peers
+    def has_quorum(self, present: Collection[PeerId], peers: Collection[PeerId]) -> bool:
+        """May those who are present act without the rest of `peers`?
+
+        Newcomers do not count: with one that only they know, some would be a majority beside that of the
+        others, and the stage would split in two. Nor do those who have stopped, if all others are present:
+        who answers neither this peer nor the witnesses, and is not heard by them, takes no step alone.
+        """
+        electors, heard = set(peers).difference(self._newcomers()) or set(peers), self._witnesses.hear_this()
+        if has_quorum(present, electors, heard=heard):
+            return True
+        going = electors.difference(self._unanswered.intersection(self._witnesses.silent()))
+        return heard and bool(going) and going.issubset(present)
 
     def _suspect(self, error: LinkError) -> None:
         """A dial failed: its peer is dead, or cannot be reached from here for now."""
         if error.peer != self._network.peer_id:
             self._heard_s.pop(error.peer, None)
+            if error.silent:
+                self._unanswered.add(error.peer)
             suspected = self._dead_s if error.refused else self._unreachable_s
             suspected[error.peer] = asyncio.get_running_loop().time()
 
     def _note_heard(self, peer: PeerId) -> None:
         if peer not in self._auxiliaries():
             self._heard_s[peer] = asyncio.get_running_loop().time()
-            self._stopped.discard(peer)
+            self._unanswered.discard(peer)
 
     def _silent(self) -> Collection[PeerId]:
         """Peers that have not answered lately, here or elsewhere."""
         recent_s = asyncio.get_running_loop().time() - self._rules.progress_s
         silent = frozenset(self._witnesses.silent())
-        self._stopped = self._stopped.union(self._unreachable_s).intersection(silent)
+        self._unanswered.intersection_update(self._roster())
         self._unreachable_s = {p: at for p, at in self._unreachable_s.items() if at > recent_s}
         return self._unreachable_s.keys() | silent
 
@@ -253,9 +261,10 @@ class Participant:
         asked = coordinator_order(others, name=self._name, step=step)[:ASKED]
         return max(await asyncio.gather(*map(self._version_of, asked)), default=step) > step
 
-    async def answers(self, peer: PeerId) -> bool:
-        """Does it live? Its record does for a while, in any case."""
-        return await self._asked(peer) is not None
+    async def stays(self, peer: PeerId) -> bool:
+        """Does it live, and mean to? Its record does for a while, in any case."""
+        info = await self._asked(peer)
+        return info is not None and not info.leaving
 
     async def _version_of(self, peer: PeerId) -> int:
         """0 if it does not answer."""
@@ -319,7 +328,8 @@ class Participant:
             async with asyncio.timeout(self._rules.silence_s):
                 frame = await stream.receive()
         except TimeoutError:
-            raise LinkError(stream.remote, f"silent for {self._rules.silence_s:.1f} s") from None
+            what = f"silent for {self._rules.silence_s:.1f} s"
+            raise LinkError(stream.remote, what, silent=True) from None
         if frame is None:
             raise LinkError(stream.remote, "closed the step stream")
         try:
@@ -442,7 +452,9 @@ class Participant:
             raise LinkError(stream.remote, "speaks no verdict")
         except AveragingError as error:
             log.info("step %d: coordinator %s before its verdict", plan.step, error)
-            self._suspect(LinkError(stream.remote, str(error)))
+            self._suspect(
+                LinkError(stream.remote, str(error), silent=isinstance(error, LinkError) and error.silent)
+            )
         self._pending = b""
         stuck = asyncio.create_task(under_way.stuck.wait())
         try:  # what can be had without the coordinator: the others may have committed by then

@@ -150,8 +150,7 @@ def decide(
     *,
     target: float,
     expected: Collection[PeerId],
-    electors: Collection[PeerId] | None = None,
-    heard: bool = True,
+    quorum: bool | None = None,
     silent: Collection[PeerId] = (),
     unheard: Collection[PeerId] = (),
     waited_s: float,
@@ -163,8 +162,7 @@ def decide(
         target: weight at which a step closes.
         expected: live peers that should be in the plan; they are waited for `grace_s`, and longer if they
             might be a majority that cannot be reached from here.
-        electors: those of whom a majority may close it; all that are expected if None.
-        heard: somebody outside hears this side: see `has_quorum`.
+        quorum: may those who report close it without the rest? As `has_quorum` says if None.
         silent: those of them that have just been found not to answer; there is no grace for them.
         unheard: reporters that should have been heard again by now; a plan with one that has stopped holds
             all others up until that is certain, so it is not made before.
@@ -174,7 +172,7 @@ def decide(
     if total < target:
         return Decision(False, f"{total:g} of {target:g}")
     missing = [peer for peer in expected if peer not in reports]
-    if missing and not has_quorum(reports, expected if electors is None else electors, heard=heard):
+    if missing and not (has_quorum(reports, expected) if quorum is None else quorum):
         return Decision(False, f"{len(missing)} live peers cannot be reached and might close it, too")
     if unheard:
         return Decision(False, f"{len(unheard)} reporters are overdue, and may have stopped")

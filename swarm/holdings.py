@@ -76,6 +76,7 @@ class StageHoldings:
         self._means: dict[int, Callable[[], bytes]] = {}  # by step
         self._packed_means: dict[int, Given] = {}
         self._packing = asyncio.Lock()
+        self._packers: set[asyncio.Task[Given | None]] = set()
         self._wishes: dict[int, asyncio.Event] = {}  # versions that somebody waits for
         self._waiting = Counter[int]()  # how many do
 
@@ -88,9 +89,12 @@ class StageHoldings:
         return self._stage.version
 
     def keep(self, step: int, mean: torch.Tensor, microbatches: Collection[bytes]) -> None:
-        """The mean gradient [values] of a closed step."""
+        """The mean gradient [values] of a closed step, which newcomers will ask for."""
         self._means[step] = lambda: pack_mean(mean, microbatches)
         forget_oldest(self._means, KEPT_MEANS)
+        packer = asyncio.create_task(self.mean(step))
+        self._packers.add(packer)
+        packer.add_done_callback(self._packers.discard)
 
     def reached(self) -> None:
         """The stage has come to its present version."""
@@ -102,6 +106,8 @@ class StageHoldings:
         for wish in self._wishes.values():
             wish.set()
         self._wishes.clear()
+        for packer in self._packers:
+            packer.cancel()
 
     async def state(self, begun: int | None) -> Given | None:
         """Of now, or `begun` or one of a moment ago with all means since."""
@@ -153,8 +159,12 @@ class StageHoldings:
 
     def forget(self, wanted: Collection[Name], since: int | None) -> None:
         self._states = {v: given for v, given in self._states.items() if (False, v) in wanted}
-        self._packed_means = {s: given for s, given in self._packed_means.items() if (True, s) in wanted}
         self._means = {s: m for s, m in self._means.items() if since is not None and s >= since}
+        self._packed_means = {
+            step: given
+            for step, given in self._packed_means.items()
+            if step in self._means or (True, step) in wanted
+        }
 
 
 def serialized(stage: Stage) -> bytes:

@@ -48,8 +48,9 @@ class HopJobs:
         self._kept: set[int] = set()  # hops with a graph; changed by both threads, one operation at a time
 
     def forward(self, hop: Hop) -> None:
-        """Compute the output, or when evaluating in the last stage the loss."""
+        """Compute the output, or when evaluating in the last stage the loss. Raises WithdrawnError."""
         assert hop.x is not None
+        self._check_lease(hop)
         keep = not hop.route.evaluate and len(self._kept) < self._config.pipeline.keep_graphs
         hop.version = self._stage.version
         y, hop.graph = self._stage.forward(hop.x, keep_graph=keep, step=self._step_of(hop))
@@ -64,6 +65,7 @@ class HopJobs:
     def loss(self, hop: Hop) -> None:
         """The last stage: forward, loss and backward at once. Raises NotFiniteError, WithdrawnError."""
         assert hop.x is not None
+        self._check_lease(hop)
         hop.version = self._stage.version
         targets_BT = hop.push.token_ids()[:, 1:]
         loss, gradients, grad_x = self._stage.loss_backward(hop.x, targets_BT, step=self._step_of(hop))
@@ -75,6 +77,7 @@ class HopJobs:
     def backward(self, hop: Hop) -> None:
         """The input's gradient, and the parameters' accumulated. Raises NotFiniteError, WithdrawnError."""
         assert hop.grad is not None
+        self._check_lease(hop)
         if self._stage.version - hop.version > self._config.training.max_staleness:
             self._counters["too_stale"] += 1  # the weights have gone on too far: compute it with new ones
             self.drop_graph(hop)
@@ -98,11 +101,15 @@ class HopJobs:
         """Whose weights a hop is to be computed with: strict mode's own step, else the newest."""
         return hop.route.step if self._config.training.strict and not hop.route.evaluate else None
 
+    def _check_lease(self, hop: Hop) -> None:
+        """A process that was stopped has hops in its queue which are with others by now."""
+        if not self._may_accumulate(hop):
+            raise WithdrawnError("the trainer has not been heard for too long")
+
     def _accumulate(self, hop: Hop, gradients: list[torch.Tensor], grad_x: torch.Tensor | None) -> None:
         if not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())):
             raise NotFiniteError("a gradient is not finite")
-        if not self._may_accumulate(hop):
-            raise WithdrawnError("the trainer has not been heard for too long")
+        self._check_lease(hop)
         if hop.dropped:
             raise WithdrawnError("it was withdrawn while it was computed")
         hop.gradient = None if grad_x is None else Sent(self._codec.encode(grad_x), tuple(grad_x.shape))

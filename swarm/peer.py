@@ -272,7 +272,7 @@ class Peer:
     async def _leave(self) -> None:
         if not hasattr(self, "server"):  # it never came to that
             return await self.membership.withdraw()
-        self.server.draining = True
+        self.server.draining = self.updater.participant.coordinator.leaving = True
         leave_s = self.config.network.leave_s
         try:
             if self._stepping is not None and not self._stepping.done():
@@ -353,9 +353,9 @@ class Peer:
         """What this peer has done so far."""
         return self.server.counters + self.updater.counters
 
-    async def answers(self, mate: PeerId) -> bool:
-        """Does a stage mate live?"""
-        return await self.updater.participant.answers(mate)
+    async def stays(self, mate: PeerId) -> bool:
+        """Does a stage mate live, and mean to stay?"""
+        return await self.updater.participant.stays(mate)
 
     def _build(self) -> Stage:
         module = build_stage(self.config.model, self._stage_number, seed=self.config.training.seed)

@@ -165,7 +165,7 @@ class Volunteer:
     async def _others_stay(self) -> bool:
         """Does anybody else serve the present stage, live, and mean to go on? Raises LinkError."""
         staying = [other for other in await self._serving(self.stage) if other.heading is None]
-        return any(await asyncio.gather(*(self.peer.answers(other.peer) for other in staying[:ASKED])))
+        return any(await asyncio.gather(*(self.peer.stays(other.peer) for other in staying[:ASKED])))
 
     async def _serving(self, stage: int) -> list[PeerRecord]:
         """The others that serve a stage, by the roster. Raises LinkError."""

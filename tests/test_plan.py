@@ -65,10 +65,11 @@ def test_a_minority_does_not_close_a_step_however_long_it_waits():
 
 def test_a_newcomer_makes_no_second_majority_beside_those_who_do_not_know_it():
     known, all_three = ["a", "b"], ["a", "b", "new"]
-    alone = close(reports(a=200), expected=known, electors=known, waited_s=1.0)
+    alone = close(reports(a=200), expected=known, waited_s=1.0)
     with_newcomer = reports(b=60, new=60)
     assert alone.close
-    assert not close(with_newcomer, expected=all_three, electors=known, waited_s=1e6).close
+    two_of_three = has_quorum(with_newcomer, known)
+    assert not close(with_newcomer, expected=all_three, quorum=two_of_three, waited_s=1e6).close
     assert close(with_newcomer, expected=all_three, waited_s=1.0).close, "it would, if all three decided"
 
 
@@ -143,3 +144,9 @@ def test_a_plan_of_auxiliaries_alone_is_refused():
     reports = {"a": Report(0.0, b"12345678", mode=Mode.AUXILIARY)}
     plan = make_plan(step=3, coordinator="a", reports=reports, nonce=b"n", rules=RULES)
     assert "nobody" in check_plan(plan, me="a", step=3, mine=reports["a"], roster=["a"])
+
+
+def test_who_may_be_called_silent_needs_a_majority_of_several():
+    assert has_quorum(["a"], ["a", "b"]) and not has_quorum(["a"], ["a", "b"], heard=False)
+    assert has_quorum(["a"], ["a"]) and not has_quorum(["a"], ["a"], heard=False)
+    assert has_quorum(["a", "b"], ["a", "b", "c"], heard=False)

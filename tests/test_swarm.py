@@ -495,6 +495,21 @@ def test_a_stage_of_two_whose_link_is_cut_does_not_split_while_trainers_hear_bot
     simulate(test, "network.expire_s=20")
 
 
+def test_who_is_leaving_says_so_to_a_mate_that_would_rely_on_it():
+    async def test(sim):
+        training = asyncio.ensure_future(train(sim, 60))
+        await sim.until(lambda: len(sim.completed) > 20)
+        leaving, other = (p for p in sim.peers.values() if p.stage == 1)
+        assert await other.peer.stays(leaving.id)
+        end = asyncio.ensure_future(sim.terminate(leaving.id))
+        await asyncio.sleep(0)
+        assert not await other.peer.stays(leaving.id) and not end.done()
+        await end
+        await training
+
+    simulate(test)
+
+
 def pools_of(sim) -> list[int]:
     """Peers that serve each stage."""
     serving = Counter(p.stage for p in sim.peers.values() if not p.peer.membership.loading)
