@@ -16,15 +16,16 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-import safetensors.torch
 import torch
 
 from averaging import exact
 from averaging.bounded import forget_oldest
+from averaging.network import Buffer
 from swarm.chunks import Contents, chunks_of, hash_of
 from swarm.compute import Compute, between_hops
 from swarm.history import ID_BYTES
 from swarm.stage import Stage
+from swarm.tensors import packed
 
 KEPT_STATES = 2  # another newcomer is offered one of these, and the means after it
 MOST_STATES = 4  # if those of slow newcomers are too old by now for anybody else
@@ -39,7 +40,7 @@ class Given:
     """An object that can be had, in chunks."""
 
     name: Name
-    data: bytes | memoryview
+    data: Buffer
     contents: Contents
 
 
@@ -167,8 +168,8 @@ class StageHoldings:
         }
 
 
-def serialized(stage: Stage) -> bytes:
-    return safetensors.torch.save(stage.state())
+def serialized(stage: Stage) -> bytearray:
+    return packed(stage.state())
 
 
 def pack_mean(mean: torch.Tensor, microbatches: Collection[bytes]) -> bytes:
@@ -186,7 +187,7 @@ def unpack_mean(data: bytearray, values: int) -> tuple[torch.Tensor, list[bytes]
     return exact.unpack(memoryview(data)[start:], values), ids
 
 
-async def contents_of(data: bytes | memoryview) -> Contents:
+async def contents_of(data: Buffer) -> Contents:
     """Hash it, a chunk at a time: others have their turn in between."""
     hashes = []
     for chunk in chunks_of(data):
@@ -195,5 +196,5 @@ async def contents_of(data: bytes | memoryview) -> Contents:
     return Contents(len(data), tuple(hashes))
 
 
-async def given_of(name: Name, data: bytes | memoryview) -> Given:
+async def given_of(name: Name, data: Buffer) -> Given:
     return Given(name, data, await contents_of(data))

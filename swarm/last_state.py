@@ -172,7 +172,7 @@ class LastState:
         check_state_file(kept, found.file, self._config, stage)
         return kept.read_bytes(), found.file.version
 
-    def _write(self, stage: int, version: int, data: bytes) -> None:
+    def _write(self, stage: int, version: int, data: bytes | bytearray) -> None:
         folder, name = self._place_of(stage).folder, f"{version}.safetensors"
         write_durably(folder / name, data)
         digest = hashlib.sha256(data).hexdigest()

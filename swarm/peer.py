@@ -37,6 +37,7 @@ from swarm.donor import Donor
 from swarm.donors import Loading, NoDonorError
 from swarm.handover import Heir, hand_over
 from swarm.holdings import StageHoldings
+from swarm.jobs import is_out_of_memory
 from swarm.last_state import LastState
 from swarm.membership import Membership
 from swarm.messages import Handover
@@ -169,6 +170,7 @@ class Peer:
             self.stage,
             self._compute,
             replay=self.updater.replay,
+            warm_up=self._warm_up,
             on_loading=self._on_loading,
         )
         self._heir = Heir(
@@ -356,6 +358,18 @@ class Peer:
     async def stays(self, mate: PeerId) -> bool:
         """Does a stage mate live, and mean to stay?"""
         return await self.updater.participant.stays(mate)
+
+    def _warm_up(self) -> None:
+        training, width = self.config.training, self.config.model.width
+        shape = (training.microbatch_sequences, training.sequence_tokens)
+        first = self.stage.is_first
+        x = torch.zeros(shape, dtype=torch.int64) if first else torch.zeros(*shape, width)
+        try:
+            self.stage.warm_up(x)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("a microbatch does not fit beside the state")  # fewer wait here once it happens
 
     def _build(self) -> Stage:
         module = build_stage(self.config.model, self._stage_number, seed=self.config.training.seed)

@@ -88,6 +88,19 @@ class Stage:
         """Size of a gradient vector; the small tensors come last."""
         return Pass(self.values, self._layout.small_values)
 
+    def warm_up(self, x: torch.Tensor) -> None:
+        """Compute a microbatch (token ids [B, T] or hidden [B, T, D]) that does not count, and touch the
+        memory that a state and the first sum need: for a fresh process the first time takes long.
+        """
+        _, graph = self.forward(x, keep_graph=True)
+        assert graph is not None
+        self.backward(graph, torch.zeros_like(graph.y))
+        for held in self.sums:
+            for each in held.sums:
+                each.add_(0.0)
+        touched = [torch.zeros_like(vector).add_(0.0) for vector in self._vectors().values()]
+        touched.clear()
+
     # one microbatch
 
     def forward(
@@ -246,9 +259,9 @@ class Stage:
     # state
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Parameters, optimizer state and history by name, as CPU copies that later steps do not touch."""
+        """Parameters, optimizer state and history by name, in memory that the next step may change."""
         state = {
-            f"{kind}/{name}": tensor.cpu().clone()
+            f"{kind}/{name}": tensor
             for kind, vector in self._vectors().items()
             for name, tensor in self._layout.parted(vector).items()
         }

@@ -16,8 +16,6 @@ import functools
 import logging
 from collections.abc import Callable, Collection, Sequence
 
-import safetensors
-import safetensors.torch
 import torch
 
 from averaging.errors import AveragingError, ProtocolError
@@ -26,7 +24,9 @@ from swarm.chunks import Contents
 from swarm.compute import Compute, between_hops
 from swarm.donors import Donors, Loading
 from swarm.holdings import contents_of, serialized, unpack_mean
+from swarm.source import Offer
 from swarm.stage import Stage
+from swarm.tensors import tensors_in
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +41,14 @@ class StateLoader:
         compute: Compute,
         *,
         replay: Callable[[torch.Tensor, Collection[bytes]], None],
+        warm_up: Callable[[], None] = lambda: None,
         on_loading: Callable[[Loading], None] = lambda loading: None,
     ) -> None:
-        """`replay` takes one step with a mean gradient, in the compute thread."""
+        """`replay` takes one step with a mean gradient; `warm_up` is what can be done while the first state
+        comes; both in the compute thread."""
         self._stage, self._compute, self._replay = stage, compute, replay
         self.donors = Donors(network, stage, on_loading=on_loading)
+        self._warm_up: Callable[[], None] | None = warm_up
         self.outrun = False  # the donors have taken more steps than they keep the means of
 
     async def load(self, peers: Sequence[PeerId], *, at_least: int = 0, outlasting: bool = False) -> bool:
@@ -70,7 +73,7 @@ class StateLoader:
         version, size = best.name[1], best.contents.size_bytes
         if version != self._stage.version or best.contents != await self._own_contents():
             began_s = time_s()
-            data = await self.donors.state(best)
+            data = await self._transferred(best)
             log.debug("transferred in %.2f s", time_s() - began_s)
             await between_hops(self._compute, lambda: self._load(data, version))
             took_s, names = time_s() - began_s, self.donors.names
@@ -110,13 +113,21 @@ class StateLoader:
 
     # the stage
 
+    async def _transferred(self, offer: Offer) -> bytearray:
+        """All of it, with the device warm by then if this is the first. Raises AveragingError."""
+        if self._warm_up is None:
+            return await self.donors.state(offer)
+        warming, self._warm_up = between_hops(self._compute, self._warm_up), None
+        _, data = await asyncio.gather(warming, self.donors.state(offer))
+        return data
+
     async def _own_contents(self) -> Contents:
         return await contents_of(await between_hops(self._compute, lambda: serialized(self._stage)))
 
     def _load(self, data: bytearray, version: int) -> None:
         try:
-            self._stage.load(safetensors.torch.load(bytes(data)), version)
+            self._stage.load(tensors_in(data), version)
         except torch.OutOfMemoryError:
             raise
-        except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ProtocolError(self.donors.names, f"the state does not fit: {error}") from None

@@ -1,0 +1,65 @@
+"""States as tensors, in place: what the safetensors library writes, and what makes no sense."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from swarm.tensors import packed, tensors_in
+
+
+def written(header: dict, body: bytes = b"") -> bytearray:
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return bytearray(len(text).to_bytes(8, "little") + text + body)
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def test_states_are_written_as_the_library_writes_them_and_read_in_place():
+    state = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(2.0),
+    }
+    state["history"] = torch.arange(11, dtype=torch.uint8)
+    assert packed(state) == safetensors.torch.save(state)
+    data = bytearray(safetensors.torch.save(state, metadata={"format": "pt"}))
+    found = tensors_in(data)
+    assert found.keys() == state.keys()
+    assert all(
+        torch.equal(found[name], state[name]) and found[name].dtype == state[name].dtype for name in state
+    )
+    data[-1] ^= 1
+    assert any(not torch.equal(found[name], state[name]) for name in state), "it is the same memory"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"1234567",
+        (1 << 60).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (2).to_bytes(8, "little") + b"\xff\xff",
+        written({"a": 1}),
+        written({"a": entry() | {"more": 1}}, bytes(8)),
+        written({"a": entry(dtype="F64")}, bytes(8)),
+        written({"a": entry(dtype=[])}, bytes(8)),
+        written({"a": entry(shape=[-2], offsets=[0, 8])}, bytes(8)),
+        written({"a": entry(shape=[1 << 62, 4], offsets=[0, 0])}, bytes(8)),
+        written({"a": entry(shape=["2"])}, bytes(8)),
+        written({"a": entry(shape=[True], offsets=[0, 4])}, bytes(8)),
+        written({"a": entry(offsets=[0, 8, 8])}, bytes(8)),
+        written({"a": entry(offsets=[8, 0])}, bytes(8)),
+        written({"a": entry(offsets=[4, 12])}, bytes(8)),
+        written({"a": entry(offsets=[1, 9])}, bytes(16)),
+    ],
+)
+def test_bytes_that_make_no_sense_are_refused(data):
+    with pytest.raises(ValueError):
+        tensors_in(bytearray(data))
