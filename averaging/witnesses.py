@@ -20,7 +20,7 @@ class Witnesses(Protocol):
         ...
 
     def version(self) -> int:
-        """Of the mate that is furthest."""
+        """Of the mate that is furthest, as far as all of them say."""
         ...
 
 

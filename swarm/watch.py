@@ -111,8 +111,8 @@ class Watchers:
         return any(map(self._is_heard, self._sessions.values()))
 
     def version(self) -> int:
-        """Of the mate that is furthest, as the trainers hear."""
-        return max((s.version for s in self._sessions.values() if self._is_heard(s)), default=0)
+        """Of the mate that is furthest, as all trainers say: one alone cannot hold the stage up."""
+        return min((s.version for s in self._sessions.values() if self._is_heard(s)), default=0)
 
     def _is_heard(self, session: Session) -> bool:
         return self._clock() < session.said_s + SILENT_BEATS * self._settings.heartbeat_s
