@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from google.protobuf.message import DecodeError
 from averaging import averaging_pb2 as pb
 from averaging.bounded import forget_oldest
 from averaging.errors import LinkError, ProtocolError
+from averaging.mates import Mates
 from averaging.network import BEATS, Buffer, Calls, Frame, Network, PeerId, Stream, answer, kept_alive
 from averaging.plan import (
     Decision,
@@ -33,7 +34,6 @@ from averaging.plan import (
     Report,
     StepRules,
     decide,
-    has_quorum,
     majority_hash,
     make_plan,
 )
@@ -41,7 +41,6 @@ from averaging.repair import Holdings
 from averaging.round import Round
 from averaging.shares import Mode
 from averaging.wire import MODES, done_of, plan_message, repair_message, report_of
-from averaging.witnesses import NO_WITNESSES, Witnesses
 
 STEP_SERVICE, QUERY_SERVICE = "step", "step-query"
 ALIVE = pb.FromCoordinator(alive=True).SerializeToString()
@@ -90,28 +89,16 @@ class Coordinator:
         network: Network,
         rules: StepRules,
         version: Callable[[], int],
-        expected: Callable[[], Collection[PeerId]],
-        voters: Callable[[], Collection[PeerId]],
-        quorum: Callable[[Collection[PeerId], Collection[PeerId]], bool] = has_quorum,
+        mates: Mates,
         reporting_to: Callable[[], PeerId],
-        silent: Callable[[], Collection[PeerId]],
         pending: Callable[[bytes], bool],
-        suspect: Callable[[LinkError], None],
-        refresh: Callable[[], Awaitable[None]],
         rng: random.Random,
-        heard: Callable[[PeerId], None] = lambda peer: None,
-        witnesses: Witnesses = NO_WITNESSES,
     ) -> None:
-        """`expected` are the live peers, this one included, as of the last `refresh`, `voters` those of them
-        that are no auxiliaries, `quorum` whether some may act without the rest of others, and `silent` those
-        that have not answered lately; `reporting_to` is this peer's own coordinator, and `pending` whether it
-        still hears that of a plan; `suspect` hears of every dial that failed, and `heard` of everybody
-        who reports, or answers as one that has a say."""
+        """`version` counts the steps that this peer has applied, `reporting_to` is its own coordinator, and
+        `pending` whether it still hears that of a plan; `rng` names plans."""
         self._network, self._rules, self._rng = network, rules, rng
-        self._version, self._expected, self._voters = version, expected, voters
-        self._has_quorum, self._witnesses = quorum, witnesses
-        self._silent, self._reporting_to, self._pending = silent, reporting_to, pending
-        self._suspect, self._refresh, self._heard = suspect, refresh, heard
+        self._version, self._mates = version, mates
+        self._reporting_to, self._pending = reporting_to, pending
         self.leaving = False  # told to whoever asks
         self._ballots: list[Ballot] = []
         self._committed: dict[bytes, Committed] = {}
@@ -139,7 +126,7 @@ class Coordinator:
     @property
     def _has_a_say(self) -> bool:
         """An auxiliary closes no steps, and what version it is at says nothing."""
-        return self._network.peer_id in self._voters()
+        return self._network.peer_id in self._mates.voters()
 
     # one reporter
 
@@ -152,9 +139,9 @@ class Coordinator:
             report = await self._receive(stream, rules.silence_s)
             if report is None or report.WhichOneof("content") != "report":
                 raise ProtocolError(peer, "does not begin with a report")
-            if peer not in self._expected():
-                await self._refresh()  # a newcomer that announced itself a moment ago
-            if peer not in self._expected():
+            if peer not in self._mates.live():
+                await self._mates.refresh()  # a newcomer that announced itself a moment ago
+            if peer not in self._mates.live():
                 raise ProtocolError(peer, "is not on the roster")
             if not self._has_a_say:
                 raise ProtocolError(peer, "asks an auxiliary to coordinate")
@@ -171,7 +158,7 @@ class Coordinator:
                         break  # sent away, or it has opened another stream
                     if report is not None:
                         ballot.heard_s[peer] = time_s()
-                        self._heard(peer)
+                        self._mates.hear(peer)
                         self._take(ballot, peer, report)
                     elif time_s() - max(ballot.heard_s[peer], ballot.closed_s or 0.0) >= rules.silence_s:
                         if ballot.closed_s is not None:
@@ -194,7 +181,7 @@ class Coordinator:
         """A reporter is silent: in the plan all would wait for it in vain. Its next report counts."""
         if ballot.reports.pop(peer, None) is not None:
             log.info("step %d: %s reports no more", ballot.step, peer[-8:])
-            self._suspect(LinkError(peer, f"silent for {self._rules.silence_s:.1f} s", silent=True))
+            self._mates.suspect(LinkError(peer, f"silent for {self._rules.silence_s:.1f} s", silent=True))
             self.consider(ballot)
 
     async def _receive(self, stream: Stream, wait_s: float) -> pb.FromMember | None:
@@ -274,7 +261,7 @@ class Coordinator:
     async def _look_after(self, ballot: Ballot) -> None:
         """See what keeps a ballot from closing."""
         pause_s = self._rules.silence_s / BEATS
-        await asyncio.sleep(0 if self._silent() else pause_s)  # are they dead, or only out of reach?
+        await asyncio.sleep(0 if self._mates.silent() else pause_s)  # are they dead, or only out of reach?
         while not ballot.ended and ballot.plan is None:
             await self._look_for(ballot)
             self._reconsider(ballot)  # whoever was waited for may be gone by now
@@ -299,7 +286,7 @@ class Coordinator:
         """Close the ballot if it is time."""
         loop = asyncio.get_running_loop()
         rules = self._rules
-        if (furthest := self._witnesses.version()) > ballot.step:  # who has been away does not go on alone
+        if (furthest := self._mates.furthest()) > ballot.step:  # who has been away does not go on alone
             self._send_all(ballot, pb.FromCoordinator(behind=furthest))
             return Decision(False, f"others are at version {furthest}")
         enough = sum(report.weight for report in ballot.reports.values()) >= rules.target
@@ -311,9 +298,9 @@ class Coordinator:
         decision = decide(
             ballot.reports,
             target=rules.target,
-            expected=self._voters(),
-            quorum=self._has_quorum(ballot.reports, self._voters()),
-            silent=self._silent(),
+            expected=self._mates.voters(),
+            quorum=self._mates.has_quorum(ballot.reports, self._mates.voters()),
+            silent=self._mates.silent(),
             unheard=[p for p in ballot.reports if loop.time() > ballot.heard_s[p] + rules.overdue_s],
             waited_s=0.0 if ballot.reached_s is None else loop.time() - ballot.reached_s,
             grace_s=rules.grace_s,
@@ -402,7 +389,7 @@ class Coordinator:
     def _is_quorum(self, ballot: Ballot, holdings: Holdings) -> bool:
         """Of all live peers, as for closing: who left may be in a plan with those who are not in this one."""
         assert ballot.plan is not None
-        return self._has_quorum(holdings.alive, {*self._voters(), *ballot.plan.bringers})
+        return self._mates.has_quorum(holdings.alive, {*self._mates.voters(), *ballot.plan.bringers})
 
     def step_closed(self, version: int) -> None:
         """This peer has reached `version`: whoever still reports for an earlier step is behind."""
@@ -413,7 +400,7 @@ class Coordinator:
 
     async def _look_for(self, ballot: Ballot) -> None:
         """Ask live peers that have not reported here where they are, all at once."""
-        missing = [p for p in self._voters() if p not in ballot.reports]
+        missing = [p for p in self._mates.voters() if p not in ballot.reports]
         await asyncio.gather(*(self._look_for_one(ballot, peer) for peer in missing))
 
     async def _look_for_one(self, ballot: Ballot, peer: PeerId) -> None:
@@ -422,7 +409,7 @@ class Coordinator:
             if info.version > ballot.step:
                 return self._send_all(ballot, pb.FromCoordinator(behind=info.version))
             rival = info.coordinator
-            if rival == self._network.peer_id or rival not in self._expected():
+            if rival == self._network.peer_id or rival not in self._mates.live():
                 return
             theirs = info if rival == peer else await self.query(rival, pb.StepQuery(step=ballot.step))
             mine = len(ballot.reports)
@@ -431,7 +418,7 @@ class Coordinator:
             ):
                 self._send_all(ballot, pb.FromCoordinator(moved=rival))
         except LinkError as error:
-            self._suspect(error)
+            self._mates.suspect(error)
 
     def _send_all(self, ballot: Ballot, message: pb.FromCoordinator) -> None:
         """Tell every reporter of a ballot that will not close here."""
@@ -455,7 +442,7 @@ class Coordinator:
         except DecodeError:
             raise LinkError(peer, "malformed answer to a step query") from None
         if info.version >= self._version():  # who answers here without a say is at version 0
-            self._heard(peer)
+            self._mates.hear(peer)
         return info
 
     async def _answer_query(self, sender: PeerId, frame: Frame) -> tuple[bytes, Buffer]:
@@ -483,7 +470,7 @@ class Coordinator:
 
     def _meet(self, peer: PeerId) -> None:
         """Who asks here but stands on no roster that this peer has read may be a mate: ask back."""
-        if peer in self._meeting or len(self._meeting) >= MEETINGS or peer in self._expected():
+        if peer in self._meeting or len(self._meeting) >= MEETINGS or peer in self._mates.live():
             return
         task = self._meeting[peer] = asyncio.create_task(self._ask_back(peer))
         task.add_done_callback(lambda done: self._meeting.pop(peer))

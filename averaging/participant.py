@@ -36,6 +36,7 @@ from averaging.errors import (
     ProtocolError,
     RoundAbandonedError,
 )
+from averaging.mates import Mates
 from averaging.moshpit import Averaged, Contribution, Rounds
 from averaging.network import BEATS, LOOKS, Network, PeerId, Stream, kept_alive
 from averaging.plan import Pass, Plan, Report, StepRules, check_plan, coordinator_order, has_quorum
@@ -124,13 +125,17 @@ class Participant:
         `auxiliaries` are those on the roster that only reduce: they close no steps, and have no say;
         `newcomers` those, perhaps this peer, that not all others may know yet."""
         self._network, self._all_reduce, self._rules, self._name = network, all_reduce, rules, name
-        self._roster, self._refresh_roster, self._version = roster, refresh_roster, version
-        self._mode, self._auxiliaries, self._newcomers = mode, auxiliaries, newcomers
-        self._witnesses = witnesses
-        self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
-        self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
-        self._heard_s: dict[PeerId, float] = {}  # who has answered when, and not failed to since
-        self._unanswered: set[PeerId] = set()  # who let this peer wait in vain, and has not been heard since
+        self._version, self._mode = version, mode
+        self.mates = mates = Mates(
+            me=network.peer_id,
+            rules=rules,
+            roster=roster,
+            refresh=refresh_roster,
+            auxiliaries=auxiliaries,
+            newcomers=newcomers,
+            witnesses=witnesses,
+            helps=mode is Mode.AUXILIARY,
+        )
         self._seen_plans: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
         self._finishing: set[asyncio.Task[None]] = set()
         self._pending: bytes = b""  # the plan whose coordinator is still heard
@@ -139,17 +144,10 @@ class Participant:
             network=network,
             rules=rules,
             version=version,
-            expected=self.live,
-            voters=self.voters,
-            quorum=self.has_quorum,
+            mates=mates,
             reporting_to=lambda: self.reporting_to,
-            silent=self._silent,
             pending=lambda plan: plan == self._pending,
-            suspect=self._suspect,
-            refresh=refresh_roster,
             rng=rng,
-            heard=self._note_heard,
-            witnesses=witnesses,
         )
 
     async def start(self) -> None:
@@ -175,14 +173,14 @@ class Participant:
             try:
                 if coordinator is None:
                     await asyncio.sleep(self._rules.silence_s / LOOKS)
-                    await self._refresh_roster()
+                    await self.mates.refresh()
                     continue
                 return await self._step_with(coordinator, step, contributor)
             except MovedError as moved:
                 moved_to = moved.coordinator
             except LinkError as error:
                 log.info("step %d: coordinator %s", step, error)
-                self._suspect(error)
+                self.mates.suspect(error)
             except BehindError:
                 raise
             except AveragingError as error:
@@ -194,62 +192,10 @@ class Participant:
 
     # who
 
-    def live(self) -> list[PeerId]:
-        """The peers that are not known to be dead, this one included.
-
-        Who answers lives, also if the roster does not say so: a peer that was away may read one without the
-        others, and would go on alone beside them.
-        """
-        recent_s = asyncio.get_running_loop().time() - self._rules.expire_s
-        self._dead_s = {p: at for p, at in self._dead_s.items() if at > recent_s}
-        self._heard_s = {p: at for p, at in self._heard_s.items() if at > recent_s}
-        me, known = self._network.peer_id, dict.fromkeys([*self._roster(), *self._heard_s])
-        return [*(p for p in known if p not in self._dead_s and p != me), me]
-
-    def voters(self) -> list[PeerId]:
-        """Those of them that have a vector of their own."""
-        helping = {*self._auxiliaries(), *([self._network.peer_id] if self._mode is Mode.AUXILIARY else [])}
-        return [peer for peer in self.live() if peer not in helping]
-
-    def has_quorum(self, present: Collection[PeerId], peers: Collection[PeerId]) -> bool:
-        """May those who are present act without the rest of `peers`?
-
-        Newcomers do not count: with one that only they know, some would be a majority beside that of the
-        others, and the stage would split in two. Nor do those who have stopped, if all others are present:
-        who answers neither this peer nor the witnesses, and is not heard by them, takes no step alone.
-        """
-        electors, heard = set(peers).difference(self._newcomers()) or set(peers), self._witnesses.hear_this()
-        if has_quorum(present, electors, heard=heard):
-            return True
-        going = electors.difference(self._unanswered.intersection(self._witnesses.silent()))
-        return heard and bool(going) and going.issubset(present)
-
-    def _suspect(self, error: LinkError) -> None:
-        """A dial failed: its peer is dead, or cannot be reached from here for now."""
-        if error.peer != self._network.peer_id:
-            self._heard_s.pop(error.peer, None)
-            if error.silent:
-                self._unanswered.add(error.peer)
-            suspected = self._dead_s if error.refused else self._unreachable_s
-            suspected[error.peer] = asyncio.get_running_loop().time()
-
-    def _note_heard(self, peer: PeerId) -> None:
-        if peer not in self._auxiliaries():
-            self._heard_s[peer] = asyncio.get_running_loop().time()
-            self._unanswered.discard(peer)
-
-    def _silent(self) -> Collection[PeerId]:
-        """Peers that have not answered lately, here or elsewhere."""
-        recent_s = asyncio.get_running_loop().time() - self._rules.progress_s
-        silent = frozenset(self._witnesses.silent())
-        self._unanswered.intersection_update(self._roster())
-        self._unreachable_s = {p: at for p, at in self._unreachable_s.items() if at > recent_s}
-        return self._unreachable_s.keys() | silent
-
     def _next_coordinator(self) -> PeerId | None:
         """None if there is nobody an auxiliary could help."""
-        silent = self._silent()
-        reachable = [peer for peer in self.voters() if peer not in silent]
+        silent = self.mates.silent()
+        reachable = [peer for peer in self.mates.voters() if peer not in silent]
         if self._mode is Mode.CLIENT and len(reachable) > 1:
             reachable.remove(self._network.peer_id)  # nobody could report to it
         return next(iter(coordinator_order(reachable, name=self._name, step=self._version())), None)
@@ -257,7 +203,7 @@ class Participant:
     async def is_behind(self) -> bool:
         """Has one of those who would close the next step closed it already?"""
         step, me = self._version(), self._network.peer_id
-        others = [peer for peer in self.voters() if peer != me]
+        others = [peer for peer in self.mates.voters() if peer != me]
         asked = coordinator_order(others, name=self._name, step=step)[:ASKED]
         return max(await asyncio.gather(*map(self._version_of, asked)), default=step) > step
 
@@ -276,7 +222,7 @@ class Participant:
         try:
             return await self.coordinator.query(peer, pb.StepQuery(step=self._version()))
         except LinkError as error:
-            self._suspect(error)
+            self.mates.suspect(error)
             return None
 
     # one step
@@ -315,9 +261,9 @@ class Participant:
                     case "drifted":
                         raise BehindError("the majority holds another state")
                     case "moved":
-                        if answer.moved not in self.live():
-                            await self._refresh_roster()
-                        if answer.moved not in self.live():
+                        if answer.moved not in self.mates.live():
+                            await self.mates.refresh()
+                        if answer.moved not in self.mates.live():
                             raise AveragingError(f"its coordinator {answer.moved[-8:]} is not known here")
                         raise MovedError(answer.moved)
         finally:
@@ -345,9 +291,9 @@ class Participant:
         except ProtocolError as error:
             raise LinkError(coordinator, str(error)) from None
         me_and_coordinator = {self._network.peer_id, coordinator}
-        if any(peer not in {*self._roster(), *me_and_coordinator} for peer in plan.by_peer):
-            await self._refresh_roster()  # a newcomer that announced itself a moment ago
-        roster = {*self._roster(), *self.live(), *me_and_coordinator}
+        if any(peer not in {*self.mates.roster(), *me_and_coordinator} for peer in plan.by_peer):
+            await self.mates.refresh()  # a newcomer that announced itself a moment ago
+        roster = {*self.mates.roster(), *self.mates.live(), *me_and_coordinator}
         mine = self._report(contributor)
         wrong = check_plan(plan, me=self._network.peer_id, step=step, mine=mine, roster=roster)
         if wrong is None and plan.key in self._seen_plans:
@@ -452,7 +398,7 @@ class Participant:
             raise LinkError(stream.remote, "speaks no verdict")
         except AveragingError as error:
             log.info("step %d: coordinator %s before its verdict", plan.step, error)
-            self._suspect(
+            self.mates.suspect(
                 LinkError(stream.remote, str(error), silent=isinstance(error, LinkError) and error.silent)
             )
         self._pending = b""

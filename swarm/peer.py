@@ -415,7 +415,7 @@ class Peer:
 
     def _living(self) -> Sequence[PeerId]:
         """Donors, and who else has answered lately."""
-        heard = (peer for peer in self.updater.participant.voters() if peer != self._network.peer_id)
+        heard = (peer for peer in self.updater.participant.mates.voters() if peer != self._network.peer_id)
         return [*dict.fromkeys([*self._donors(), *heard])]
 
     def _progressed(self) -> None:

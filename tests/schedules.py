@@ -138,7 +138,7 @@ class Schedule:
                 self.note(f"{p.id} version {stage.version}, {stage.accumulator.tokens} tokens")
                 participant = updater.participant
                 self.note(
-                    f"    reports to {participant.reporting_to or 'nobody'}, dead {participant._dead_s}"
+                    f"    reports to {participant.reporting_to or 'nobody'}, dead {participant.mates._dead_s}"
                 )
                 for ballot in participant.coordinator._ballots:
                     self.note(f"    ballot {ballot.step}: {ballot.reason}, {sorted(ballot.reports)}")

@@ -8,6 +8,7 @@ import pytest
 from averaging import averaging_pb2 as pb
 from averaging import virtual_time
 from averaging.coordinator import STEP_SERVICE, Ballot, Coordinator
+from averaging.mates import Mates
 from averaging.memory_network import MemoryHub
 from averaging.plan import Pass, Report, StepRules
 from averaging.round import Done
@@ -25,13 +26,9 @@ def coordinator_of(network, rules):
         network=network,
         rules=rules,
         version=lambda: 0,
-        expected=lambda: NAMES,
-        voters=lambda: NAMES,
+        mates=Mates(me="a", rules=rules, roster=lambda: NAMES, refresh=nothing),
         reporting_to=lambda: "a",
-        silent=lambda: [],
         pending=lambda plan: False,
-        suspect=lambda error: None,
-        refresh=nothing,
         rng=random.Random(0),
     )
 

@@ -1,0 +1,99 @@
+"""Who averages with a peer, who of them lives, and who of them may act without the others.
+
+    roster       whom records name: they outlive their peers, and some may be missing
+    answers      who answers lives; who refuses a dial is dead; from whom nothing comes, may be
+    witnesses    who hears nothing of a mate, and is told that nobody does, need not wait for it
+
+One event loop's clock, no I/O but reading the roster again.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
+
+from averaging.errors import LinkError
+from averaging.network import PeerId
+from averaging.plan import StepRules, has_quorum
+from averaging.witnesses import NO_WITNESSES, Witnesses
+
+
+class Mates:
+    """The others, as one peer sees them."""
+
+    def __init__(
+        self,
+        *,
+        me: PeerId,
+        rules: StepRules,
+        roster: Callable[[], Collection[PeerId]],
+        refresh: Callable[[], Awaitable[None]],
+        auxiliaries: Callable[[], Collection[PeerId]] = tuple,
+        newcomers: Callable[[], Collection[PeerId]] = tuple,
+        witnesses: Witnesses = NO_WITNESSES,
+        helps: bool = False,
+    ) -> None:
+        """`roster` are the others that live, as of the last `refresh`; `auxiliaries` those of them that only
+        reduce, as this peer does if it `helps`: they close no steps, and have no say; `newcomers` those,
+        perhaps this peer, that not all others may know yet."""
+        self._me, self._rules, self.roster, self.refresh = me, rules, roster, refresh
+        self._auxiliaries, self._newcomers, self._helps = auxiliaries, newcomers, helps
+        self._witnesses = witnesses
+        self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
+        self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
+        self._heard_s: dict[PeerId, float] = {}  # who has answered when, and not failed to since
+        self._unanswered: set[PeerId] = set()  # who let this peer wait in vain, and has not been heard since
+
+    def live(self) -> list[PeerId]:
+        """The peers that are not known to be dead, this one included.
+
+        Who answers lives, also if the roster does not say so: a peer that was away may read one without the
+        others, and would go on alone beside them.
+        """
+        recent_s = asyncio.get_running_loop().time() - self._rules.expire_s
+        self._dead_s = {p: at for p, at in self._dead_s.items() if at > recent_s}
+        self._heard_s = {p: at for p, at in self._heard_s.items() if at > recent_s}
+        known = dict.fromkeys([*self.roster(), *self._heard_s])
+        return [*(p for p in known if p not in self._dead_s and p != self._me), self._me]
+
+    def voters(self) -> list[PeerId]:
+        """Those of them that have a vector of their own."""
+        helping = {*self._auxiliaries(), *([self._me] if self._helps else [])}
+        return [peer for peer in self.live() if peer not in helping]
+
+    def has_quorum(self, present: Collection[PeerId], peers: Collection[PeerId]) -> bool:
+        """May those who are present act without the rest of `peers`?
+
+        Newcomers do not count: with one that only they know, some would be a majority beside that of the
+        others, and the stage would split in two. Nor do those who have stopped, if all others are present:
+        who answers neither this peer nor the witnesses, and is not heard by them, takes no step alone.
+        """
+        electors, heard = set(peers).difference(self._newcomers()) or set(peers), self._witnesses.hear_this()
+        if has_quorum(present, electors, heard=heard):
+            return True
+        going = electors.difference(self._unanswered.intersection(self._witnesses.silent()))
+        return heard and bool(going) and going.issubset(present)
+
+    def furthest(self) -> int:
+        """The version of the mate that is furthest, as far as the witnesses know."""
+        return self._witnesses.version()
+
+    def silent(self) -> Collection[PeerId]:
+        """Peers that have not answered lately, here or elsewhere."""
+        recent_s = asyncio.get_running_loop().time() - self._rules.progress_s
+        self._unanswered.intersection_update(self.roster())
+        self._unreachable_s = {p: at for p, at in self._unreachable_s.items() if at > recent_s}
+        return self._unreachable_s.keys() | frozenset(self._witnesses.silent())
+
+    def suspect(self, error: LinkError) -> None:
+        """A dial failed: its peer is dead, or cannot be reached from here for now."""
+        if error.peer != self._me:
+            self._heard_s.pop(error.peer, None)
+            if error.silent:
+                self._unanswered.add(error.peer)
+            suspected = self._dead_s if error.refused else self._unreachable_s
+            suspected[error.peer] = asyncio.get_running_loop().time()
+
+    def hear(self, peer: PeerId) -> None:
+        """It reports, or answers as one that has a say."""
+        if peer not in self._auxiliaries():
+            self._heard_s[peer] = asyncio.get_running_loop().time()
+            self._unanswered.discard(peer)
