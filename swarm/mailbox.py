@@ -64,6 +64,12 @@ class Hop:
     def route(self) -> Route:
         return self.push.route
 
+    @property
+    def is_done(self) -> bool:
+        """Is nothing of it left to be computed here? Accumulated, or only to supply the next stage."""
+        supplied = self.phase is Phase.FORWARDED and self.push.stage < self.route.backward_until
+        return supplied or self.phase is Phase.ACCUMULATED
+
     def retained_bytes(self) -> int:
         parts = (self.input, self.output and self.output.data, self.gradient and self.gradient.data)
         return sum(len(part) for part in parts if part)
@@ -86,8 +92,8 @@ class Mailbox:
 
     @property
     def waiting(self) -> int:
-        """Hops that are not accumulated yet."""
-        return sum(hop.phase is not Phase.ACCUMULATED for hop in self._hops.values())
+        """Hops that are to be computed here yet."""
+        return sum(not hop.is_done for hop in self._hops.values())
 
     @property
     def retained_bytes(self) -> int:

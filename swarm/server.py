@@ -364,8 +364,7 @@ class HopServer:
     async def idle(self) -> None:
         """Wait until what is under way here is accumulated and sent on."""
         while self._pushes or any(  # noqa: ASYNC110 - for seconds, once in a peer's life
-            hop.phase not in (Phase.WAITING, Phase.ACCUMULATED) and not hop.route.evaluate
-            for hop in self.mailbox
+            not (hop.phase is Phase.WAITING or hop.is_done or hop.route.evaluate) for hop in self.mailbox
         ):
             await asyncio.sleep(IDLE_LOOK_S)
 
