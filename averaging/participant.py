@@ -369,6 +369,7 @@ class Participant:
             log.info("cannot carry out the plan: %s", error)
             stuck.set()
             await _say(stream, pb.FromMember(failed=True))
+            rounds.close()  # nothing of this member will come: who is in touch with it would wait for ever
             return await asyncio.get_running_loop().create_future()  # until the verdict
         log.debug("step %d: averaging with %d members", plan.step, len(plan.members))
         await _say(stream, pb.FromMember(frozen=pb.Frozen(ids=mine.ids)))
