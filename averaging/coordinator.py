@@ -27,7 +27,7 @@ from averaging import averaging_pb2 as pb
 from averaging.bounded import forget_oldest
 from averaging.errors import LinkError, ProtocolError
 from averaging.mates import Mates
-from averaging.network import BEATS, Buffer, Calls, Frame, Network, PeerId, Stream, answer, kept_alive
+from averaging.network import BEATS, LOOKS, Buffer, Calls, Frame, Network, PeerId, Stream, answer, kept_alive
 from averaging.plan import (
     Decision,
     Plan,
@@ -69,6 +69,10 @@ class Ballot:
     ended: bool = False
     reason: str = ""
     looking: "asyncio.Task[None] | None" = None
+
+    def last_heard_s(self, peer: PeerId) -> float:
+        """When a reporter said something, or was told the plan."""
+        return max(self.heard_s[peer], self.closed_s or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +164,13 @@ class Coordinator:
                         ballot.heard_s[peer] = time_s()
                         self._mates.hear(peer)
                         self._take(ballot, peer, report)
-                    elif time_s() - max(ballot.heard_s[peer], ballot.closed_s or 0.0) >= rules.silence_s:
+                    elif self._mates.has_stopped(peer, time_s() - ballot.last_heard_s(peer)):
                         if ballot.closed_s is not None:
-                            raise LinkError(peer, f"silent for {rules.silence_s:.1f} s while averaging")
+                            raise LinkError(peer, "silent while averaging", silent=True)
                         self._mute(ballot, peer)
                     if ballot.closed_s is not None and time_s() > ballot.closed_s + rules.round_s:
                         raise LinkError(peer, f"still averages after {rules.round_s:.0f} s")
-                    report = await self._receive(stream, rules.silence_s / BEATS)
+                    report = await self._receive(stream, rules.silence_s / LOOKS)
             await self._linger(stream)
         except (LinkError, ProtocolError) as error:
             log.debug("a reporter left: %s", error)
@@ -181,7 +185,7 @@ class Coordinator:
         """A reporter is silent: in the plan all would wait for it in vain. Its next report counts."""
         if ballot.reports.pop(peer, None) is not None:
             log.info("step %d: %s reports no more", ballot.step, peer[-8:])
-            self._mates.suspect(LinkError(peer, f"silent for {self._rules.silence_s:.1f} s", silent=True))
+            self._mates.suspect(LinkError(peer, "reports no more", silent=True))
             self.consider(ballot)
 
     async def _receive(self, stream: Stream, wait_s: float) -> pb.FromMember | None:

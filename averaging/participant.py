@@ -6,8 +6,9 @@
     on the verdict: return the mean, or begin anew
 
 A coordinator that does not answer is passed over: the next one in the order takes its place. If it
-vanishes between plan and verdict, the members ask each other: if any has committed, all do; a member
-that says no promises never to, and as long as one still hears the coordinator the others wait.
+vanishes between plan and verdict, the members ask each other: if any has committed, all do (and then all
+held the whole mean already); a member that says no promises never to, and as long as one still hears the
+coordinator the others wait.
 
 I/O: one event loop. Design section 6.
 """
@@ -38,8 +39,8 @@ from averaging.errors import (
 )
 from averaging.mates import Mates
 from averaging.moshpit import Averaged, Contribution, Rounds
-from averaging.network import BEATS, LOOKS, Network, PeerId, Stream, kept_alive
-from averaging.plan import Pass, Plan, Report, StepRules, check_plan, coordinator_order, has_quorum
+from averaging.network import BEATS, LOOKS, Frame, Network, PeerId, Stream, kept_alive
+from averaging.plan import Pass, Plan, Report, StepRules, check_plan, coordinator_order
 from averaging.round import Done
 from averaging.shares import Mode
 from averaging.wire import done_message, plan_of, repair_of, report_message
@@ -97,8 +98,6 @@ class _Plan:
     plan: Plan
     stream: Stream  # to its coordinator
     rounds: Rounds
-    averaging: "asyncio.Task[Averaged]"
-    stuck: asyncio.Event  # something is missing, and only a repair can bring it
 
 
 class Participant:
@@ -270,18 +269,26 @@ class Participant:
             reporting.cancel()
 
     async def _hear(self, stream: Stream) -> pb.FromCoordinator:
-        try:
-            async with asyncio.timeout(self._rules.silence_s):
-                frame = await stream.receive()
-        except TimeoutError:
-            what = f"silent for {self._rules.silence_s:.1f} s"
-            raise LinkError(stream.remote, what, silent=True) from None
+        frame = await self._next_frame(stream)
         if frame is None:
             raise LinkError(stream.remote, "closed the step stream")
         try:
             return pb.FromCoordinator.FromString(frame.header)
         except DecodeError:
             raise LinkError(stream.remote, "malformed message of a coordinator") from None
+
+    async def _next_frame(self, stream: Stream) -> Frame | None:
+        """Raises LinkError once the coordinator counts as lost."""
+        time_s = asyncio.get_running_loop().time
+        heard_s = time_s()
+        while True:
+            try:
+                async with asyncio.timeout(self._rules.silence_s / LOOKS):
+                    return await stream.receive()
+            except TimeoutError:
+                if self.mates.has_stopped(stream.remote, unheard_s := time_s() - heard_s):
+                    what = f"silent for {unheard_s:.1f} s"
+                    raise LinkError(stream.remote, what, silent=True) from None
 
     async def _checked(
         self, message: pb.StepPlan, step: int, coordinator: PeerId, contributor: Contributor
@@ -324,18 +331,17 @@ class Participant:
         """Freeze, average, and hear the verdict. Raises RoundAbandonedError if it came to nothing."""
         time_s = asyncio.get_running_loop().time
         began_s, verdict = time_s(), None
-        stuck = asyncio.Event()
         rounds = Rounds(
             plan,
             self._network.peer_id,
             all_reduce=self._all_reduce,
-            say=functools.partial(_say_done, stream, stuck),
+            say=functools.partial(_say_done, stream),
         )
-        averaging = asyncio.create_task(self._average(plan, rounds, stream, stuck, contributor))
+        averaging = asyncio.create_task(self._average(plan, rounds, stream, contributor))
         averaging.add_done_callback(functools.partial(_abort_if_failed, stream))
         self._pending = plan.key
         try:
-            under_way = _Plan(plan, stream, rounds, averaging, stuck)
+            under_way = _Plan(plan, stream, rounds)
             async with kept_alive(stream, ALIVE, self._rules.silence_s):
                 verdict = await self._verdict(under_way)
             if averaging.done():
@@ -360,14 +366,13 @@ class Participant:
             rounds.close()
 
     async def _average(
-        self, plan: Plan, rounds: Rounds, stream: Stream, stuck: asyncio.Event, contributor: Contributor
+        self, plan: Plan, rounds: Rounds, stream: Stream, contributor: Contributor
     ) -> Averaged:
         """Freeze, and average; what was frozen is known to the coordinator before any of it is sent."""
         try:
             mine = await contributor.freeze()
         except RoundAbandonedError as error:
             log.info("cannot carry out the plan: %s", error)
-            stuck.set()
             await _say(stream, pb.FromMember(failed=True))
             rounds.close()  # nothing of this member will come: who is in touch with it would wait for ever
             return await asyncio.get_running_loop().create_future()  # until the verdict
@@ -403,15 +408,6 @@ class Participant:
                 LinkError(stream.remote, str(error), silent=isinstance(error, LinkError) and error.silent)
             )
         self._pending = b""
-        stuck = asyncio.create_task(under_way.stuck.wait())
-        try:  # what can be had without the coordinator: the others may have committed by then
-            await asyncio.wait(
-                [under_way.averaging, stuck],
-                timeout=self._rules.round_s,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-        finally:
-            stuck.cancel()
         return None
 
     async def _committed_elsewhere(self, plan: Plan) -> Committed | None:
@@ -440,13 +436,14 @@ class Participant:
     def _is_enough(self, plan: Plan, undecided: Collection[PeerId]) -> bool:
         """Can those who promised not to commit `plan` do without an answer of the rest?"""
         promised = [peer for peer in plan.by_peer if peer not in undecided]
-        return not undecided or (not self._rules.strict and has_quorum(promised, plan.bringers))
+        return not undecided or (not self._rules.strict and self.mates.has_quorum(promised, plan.bringers))
 
     async def _ask_all(self, peers: Collection[PeerId], plan: Plan) -> dict[PeerId, pb.StepInfo]:
         """What they know of the plan; once there are enough answers, the others have little time left."""
         asked = {asyncio.create_task(self._ask(peer, plan)): peer for peer in peers}
         answers: dict[PeerId, pb.StepInfo] = {}
-        waiting, limit_s = set(asked), None
+        # Of those that have stopped, as all others agree, no answer is waited for.
+        waiting, limit_s = set(asked), VERDICT_PAUSE_S if self._is_enough(plan, peers) else None
         try:
             while waiting:
                 done, waiting = await asyncio.wait(
@@ -493,7 +490,5 @@ async def _say(stream: Stream, message: pb.FromMember) -> None:
         await stream.send(message.SerializeToString())
 
 
-async def _say_done(stream: Stream, stuck: asyncio.Event, done: Done) -> None:
-    if done.missing:
-        stuck.set()
+async def _say_done(stream: Stream, done: Done) -> None:
     await _say(stream, pb.FromMember(done=done_message(done)))

@@ -480,6 +480,39 @@ def test_a_stage_of_two_goes_on_when_trainers_too_hear_one_of_them_no_more(first
     simulate(test, "network.expire_s=20")
 
 
+@pytest.mark.parametrize("role", ["coordinator", "member"])
+def test_a_stage_of_two_goes_on_at_once_when_one_stops_in_the_middle_of_a_step(role):
+    """Nobody else can say what became of the plan, but all say that whoever could is silent."""
+
+    async def test(sim):
+        await train(sim, 40)
+        pair = [p for p in sim.peers.values() if p.stage == 1]
+        sim.hub.link = lambda a, b: Link(latency_s=0.05)  # so that a plan is under way for a while
+        training = asyncio.ensure_future(train(sim, 200, first=40))
+
+        def averaging() -> list:
+            plans = [p.peer.updater.participant for p in pair]
+            return [p.reporting_to for p in plans] if all(p._pending for p in plans) else []
+
+        await sim.until(averaging, 30)
+        (coordinator,) = set(averaging())
+        member = next(p.id for p in pair if p.id != coordinator)
+        stopped, other = (coordinator, member) if role == "coordinator" else (member, coordinator)
+        sim.hub.hang(stopped)
+        version, stopped_s = sim.peers[other].peer.stage.version, sim.clock()
+        await sim.until(lambda: sim.peers[other].peer.stage.version > version, 30)
+        took_s = sim.clock() - stopped_s
+        await asyncio.sleep(5)
+        sim.hub.resume(stopped)
+        await training
+        assert took_s < 4.5, f"nobody took a step for {took_s:.1f} s"
+        split = [node for node, states in sim.hashes.items() if len(states) > 1]
+        assert not split, f"(stage, version) with different states: {split}"
+        assert sim.peers[stopped].peer.stage.version > version + 5
+
+    simulate(test, "network.expire_s=20")
+
+
 def test_a_stage_of_two_whose_link_is_cut_does_not_split_while_trainers_hear_both():
     async def test(sim):
         await train(sim, 40)
