@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.config import LocalConfig, RunConfig
+from swarm.leftovers import end_processes, left_running, note_process
 
 STATES = "states"  # where local peers keep theirs for a restart
 STOP_S = 4.0  # beyond what a peer may take to leave
@@ -78,6 +79,7 @@ class LocalRun:
         self._numbers = {"peer": 0, "trainer": 0}
         self.children: list[Child] = []
         self.kills: list[Kill] = []
+        self.left = left_running(folder)  # by an organizer that died: they end with these
         (folder / "logs").mkdir(parents=True, exist_ok=True)
 
     async def start(self, *, minutes: float | None, living: Living = NOBODY) -> None:
@@ -124,6 +126,7 @@ class LocalRun:
             )
         child = Child(name, kind, stage, process, log, time.time())
         self.children.append(child)
+        note_process(self._folder, process.pid)
         return child
 
     def dispensable(self, serving: Sequence[str]) -> list[Child]:
@@ -158,19 +161,22 @@ class LocalRun:
         return all(not c.running for c in self.children if c.kind == "trainer")
 
     async def stop(self) -> None:
-        """End every child: SIGTERM, and SIGKILL for those that do not listen."""
+        """End every child, and what is left: SIGTERM, and SIGKILL for those that do not listen."""
+        limit_s = self._config.network.leave_s + STOP_S
+        ending_left = asyncio.create_task(asyncio.to_thread(end_processes, self.left, within_s=limit_s))
         running = [c for c in self.children if c.running]
         for child in running:
             with contextlib.suppress(ProcessLookupError):
                 child.process.send_signal(signal.SIGTERM)
         waiting = [asyncio.ensure_future(c.process.wait()) for c in running]
         if waiting:
-            await asyncio.wait(waiting, timeout=self._config.network.leave_s + STOP_S)
+            await asyncio.wait(waiting, timeout=limit_s)
         for child in running:
             if child.running:
                 with contextlib.suppress(ProcessLookupError):
                     child.process.kill()
                 await child.process.wait()
+        await ending_left
 
 
 def last_line(log: Path) -> str:

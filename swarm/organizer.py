@@ -27,6 +27,7 @@ from swarm.dht import HivemindDirectory
 from swarm.errors import UserError
 from swarm.folder import claimed
 from swarm.launch import NOBODY, STATES, LocalRun, last_line
+from swarm.leftovers import PROCESSES
 from swarm.manifest import pack_manifest
 from swarm.metrics import serve_metrics
 from swarm.monitor import Monitor
@@ -38,11 +39,9 @@ REPUBLISH_S = 3600.0
 CHECKPOINTS = "checkpoints"
 PEERS = "peers"  # where some could be dialled lately
 KEPT = (
-    CHECKPOINTS,
-    PEERS,
-    STATES,
-    "identity",
-)  # of a run that is resumed: it is the same to those who have joined it
+    *(CHECKPOINTS, PEERS, STATES, PROCESSES),
+    "identity",  # of a run that is resumed: it is the same to those who have joined it
+)
 LAST_CHECKPOINT_S = 120.0
 log = logging.getLogger(__name__)
 PLAIN_LINE_S = 10.0  # period of progress lines when the output is no terminal

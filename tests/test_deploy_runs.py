@@ -156,13 +156,9 @@ def test_the_data_parallel_run_file_trains_one_stage_on_unequal_peers_and_an_aux
 @pytest.mark.timeout(200)
 def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes):
     run = processes.folder / "runs" / "custom-model"
-    organizing = processes.start(
-        [
-            *["swarm", "run", str(ROOT / "experiments" / "custom_model.yaml"), "--host", "0.0.0.0"],
-            *["--set", "monitor.wandb=disabled"],
-        ],
-        PYTHONPATH=str(ROOT),
-    )
+    command = ["swarm", "run", str(ROOT / "experiments" / "custom_model.yaml"), "--host", "0.0.0.0"]
+    command += ["--set", "monitor.wandb=disabled"]
+    organizing = processes.start(command, PYTHONPATH=str(ROOT))
     until(lambda: steps(run) >= 2 or organizing.poll() is not None, 120, "two steps of the example model")
     assert organizing.poll() is None, processes.logs()
     address = (run / "address").read_text().strip()
@@ -174,9 +170,16 @@ def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes
         return sum(address.encode() in _command_line(pid) for pid in Path("/proc").glob("[0-9]*"))
 
     assert members() >= 5  # four peers and a trainer, and their daemons
+    until(lambda: (run / "peers").exists(), 30, "it knows where peers are")
+    organizing.kill()
+    organizing.wait()
+    organizing = processes.start([*command, "--resume"], PYTHONPATH=str(ROOT))
+    resumed = processes.folder / "1.log"
+    until(lambda: "it lives: 4 peers, 1 trainers" in resumed.read_text(), 60, "it finds its run again")
+    assert members() >= 5
     organizing.send_signal(signal.SIGINT)
-    organizing.wait(20)
-    until(lambda: members() == 0, 10, "every process of the run has ended")
+    organizing.wait(30)
+    until(lambda: members() == 0, 10, "every process of the run has ended, whoever started it")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] >= 2 and (run / "loss.png").exists()
 
