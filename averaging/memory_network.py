@@ -89,11 +89,13 @@ class MemoryStream:
             if self._broken is not None:
                 raise LinkError(self.remote, self._broken)
             self._changed.clear()
+            if silence_s is None:
+                await self._changed.wait()
+                continue
             try:
-                async with asyncio.timeout(None if silence_s is None else silence_s / LOOKS):
+                async with asyncio.timeout(silence_s / LOOKS):
                     await self._changed.wait()
             except TimeoutError:
-                assert silence_s is not None
                 if (now := self._received_so_far()) != seen:
                     heard_s, seen = time_s(), now
                 elif time_s() - heard_s >= silence_s:

@@ -1,12 +1,14 @@
 """Seeded schedules of faults against a whole in-memory swarm, and the invariants they must not break.
 
-Each has joins, SIGTERMs, SIGKILLs, hangs, cut links, a stage that loses peers until others move there,
-and often one that loses all; besides, streams break and requests arrive twice.
+Each has joins, SIGTERMs, SIGKILLs, hangs, cut links, a stage that shrinks until others move there, and one
+that loses all of its peers, in any order; processes end while others hang or do not reach each other.
+Besides, streams break and requests arrive twice.
 
 `python -m tests.schedules SEED [COUNT]` replays one schedule (or several) and prints its event log.
 """
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -21,13 +23,18 @@ from typing import TypeVar
 
 from averaging import virtual_time
 from averaging.memory_network import Link
+from averaging.network import PeerId
 from tests.invariants import Invariants
 from tests.sim import PACKAGES, Node, Sim, SimPeer, SimVolunteer, tiny_run
 from trainers import events as ev
 from trainers.ledger import Ledger
 
 MODEL = "model.factory=tests.tiny:build"
-FAULTS = ["kill", "kill two", "terminate", "hang", "hang long", "cut", "cut trainer", "shrink", "lose stage"]
+# Every schedule has one of each kind.
+ENDS = [["kill", "kill two"], ["terminate"], ["shrink"], ["lose stage"]]
+LAPSES = [["hang", "hang long"], ["cut", "cut trainer"]]
+FAULTS = [fault for kind in [*ENDS, *LAPSES] for fault in kind]
+CROWD, SETS_OUT_S = 2, 3.0
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: PTH112 - a disk would only be slower
 S = TypeVar("S", bound="Schedule")
 
@@ -117,8 +124,7 @@ class Schedule:
         await sim.until(lambda: sim.retained_bytes(below=self.counted) == 0, 60)
         self.note("the trainer leaves")
         self.invariants.stop()
-        moves = [p.volunteer.moves for p in sim.peers.values() if isinstance(p, SimVolunteer)]
-        self.faults["move"] += sum(moves)
+        self.faults["move"] += self.moves()
         sim.pipeline_task.cancel()
         await sim.until(lambda: sim.retained_bytes() == 0, 60)
         self.check()
@@ -178,11 +184,16 @@ class Schedule:
         return fate
 
     async def break_things(self) -> None:
-        """Some kinds of faults, each followed by a repair, one after the other."""
-        for what in self.rng.sample(FAULTS, self.rng.randint(2, 5)):
+        """Faults of every kind: processes end, one after the other, beside lapses of those that live."""
+        await asyncio.gather(self.break_one_by_one(ENDS), self.break_one_by_one(LAPSES))
+        self.is_over = True
+
+    async def break_one_by_one(self, kinds: list[list[str]]) -> None:
+        faults = [self.rng.choice(kind) for kind in kinds]
+        self.rng.shuffle(faults)
+        for what in faults:
             await asyncio.sleep(self.rng.uniform(0.1, 1.5))
             await self.deal(what)
-        self.is_over = True
 
     async def deal(self, what: str) -> None:
         sim, rng = self.sim, self.rng
@@ -194,13 +205,16 @@ class Schedule:
             case "shrink":
                 self.shrunk += 1
                 await self.end_one("kill", replaced=False)
+                await self.crowd()
             case "lose stage":
                 await self.lose_stage(rng.randrange(3))
             case "hang" | "hang long":
-                peer = rng.choice(sorted(sim.peers))
+                # For long it counts as dead: somebody else must have what it holds.
+                dispensable = self.dispensable() if what == "hang long" else []
+                peer = rng.choice(dispensable or sorted(sim.peers))
                 self.note(f"{what} {peer}")
                 sim.hub.hang(peer)
-                await asyncio.sleep(rng.uniform(0.2, 1) if what == "hang" else rng.uniform(2, 5))
+                await asyncio.sleep(rng.uniform(2, 5) if dispensable else rng.uniform(0.2, 1))
                 self.invariants.hurt(peer)
                 sim.hub.resume(peer)
                 self.note(f"resume {peer}")
@@ -214,20 +228,27 @@ class Schedule:
                 sim.hub.heal(a, b)
                 self.note(f"heal {a} {b}")
 
-    async def end_one(self, what: str, *, replaced: bool = True) -> None:
-        """End a peer if another one holds all that its stage has settled; a fresh one comes later."""
+    def dispensable(self) -> list[PeerId]:
+        """Peers of whose stage another one, that goes on, holds all that is settled."""
         sim, known = self.sim, self.sim.pipeline.ledger.peers
         holders = [
             peer
             for peer in sim.peers.values()
             if peer.id in known and peer.peer.stage.version >= self.reached[peer.stage] and stays(peer)
         ]
+        holders = [peer for peer in holders if peer.id not in sim.hub.hung]
         pools = Counter(peer.stage for peer in holders)
-        candidates = sorted(peer.id for peer in sim.peers.values() if pools[peer.stage] > (peer in holders))
+        return sorted(peer.id for peer in sim.peers.values() if pools[peer.stage] > (peer in holders))
+
+    async def end_one(self, what: str, *, replaced: bool = True) -> None:
+        """End a peer whose stage can do without it; a fresh one comes later."""
+        sim, candidates = self.sim, self.dispensable()
+        if what == "terminate":
+            candidates = [peer for peer in candidates if peer not in sim.hub.hung]
         if not candidates:
             return
         victim = self.rng.choice(candidates)
-        stage = sim.peers[victim].stage
+        stage = None if isinstance(sim.peers[victim], SimVolunteer) else sim.peers[victim].stage
         self.note(f"{what} {victim}")
         self.invariants.hurt(victim)
         if what == "terminate":
@@ -239,9 +260,25 @@ class Schedule:
             await asyncio.sleep(self.rng.uniform(0, 1))
             await self.start_one(stage)
 
-    async def start_one(self, stage: int) -> None:
-        if self.shrunk and self.rng.random() < 0.5:
-            self.shrunk -= 1
+    async def crowd(self) -> None:
+        """Peers insist on the stage of a volunteer, so that it is needed elsewhere, and sets out."""
+        sim, before = self.sim, self.moves()
+        volunteers = [peer for peer in sim.peers.values() if isinstance(peer, SimVolunteer)]
+        if not volunteers:
+            return
+        crowded = self.rng.choice(volunteers).stage
+        for _ in range(CROWD):
+            self.note(f"start {await sim.start_peer(crowded)}")
+        with contextlib.suppress(TimeoutError):
+            await sim.until(lambda: self.moves() > before or not all(map(stays, volunteers)), SETS_OUT_S)
+
+    def moves(self) -> int:
+        return sum(p.volunteer.moves for p in self.sim.peers.values() if isinstance(p, SimVolunteer))
+
+    async def start_one(self, stage: int | None) -> None:
+        """In the place of one that has ended; None: of a volunteer."""
+        if stage is None or (self.shrunk and self.rng.random() < 0.5):
+            self.shrunk -= stage is not None
             self.note(f"start {await self.sim.start_volunteer()}")
         else:
             self.note(f"start {await self.sim.start_peer(stage)}")
