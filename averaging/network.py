@@ -21,7 +21,7 @@ from typing import Protocol
 
 from averaging.errors import LinkError
 
-PROTOCOL_VERSION = 8  # of all that peers say to each other
+PROTOCOL_VERSION = 9  # of all that peers say to each other
 PeerId = str
 Buffer = bytes | bytearray | memoryview
 

@@ -15,10 +15,11 @@ from google.protobuf.message import DecodeError
 
 from averaging.bandwidth import UplinkMeter
 from averaging.errors import LinkError, ProtocolError
-from averaging.network import Network, PeerId, Stream, kept_alive
+from averaging.network import Buffer, Network, PeerId, Stream, kept_alive
 from swarm import swarm_pb2 as pb
 from swarm.chunks import chunks_of
 from swarm.holdings import Given, Holdings
+from swarm.squeezing import squeezed
 
 SERVICE = "state"
 SILENCE_S = 10.0  # after which the other end counts as lost
@@ -175,9 +176,12 @@ class Donor:
             raise ProtocolError(stream.remote, "wants a chunk of what it was not offered")
         if wanted.index >= given.contents.chunks:
             raise ProtocolError(stream.remote, f"wants chunk {wanted.index} of {given.contents.chunks}")
-        chunk = next(chunks_of(given.data, first=wanted.index))
-        await self._allowance.spend(len(chunk))
-        await stream.send(pb.FromDonor(chunk=wanted).SerializeToString(), chunk)
+        chunk: Buffer = next(chunks_of(given.data, first=wanted.index))
+        small = None if wanted.mean else squeezed(chunk)  # means are small already
+        wanted.squeezed = small is not None
+        sent = chunk if small is None else small
+        await self._allowance.spend(len(sent))
+        await stream.send(pb.FromDonor(chunk=wanted).SerializeToString(), sent)
 
     def _forget(self) -> None:
         """What nobody may want any more."""

@@ -20,6 +20,7 @@ from swarm import swarm_pb2 as pb
 from swarm.chunks import Contents, Download
 from swarm.donor import SILENCE_S
 from swarm.holdings import Name
+from swarm.squeezing import unsqueezed
 
 WISH_S = 4 * 3600.0  # for a state at a version that is yet to come; a donor that is gone is noticed sooner
 ANSWER_S = 300.0  # for an offer, and for each chunk; who is not heard at all is given up much sooner
@@ -157,8 +158,15 @@ class Source:
                 self.owed.discard((name, index))
                 self.heard_s = asyncio.get_running_loop().time()
                 if self.download is not None and self.download[0] == name:
-                    self.download[1].take(self.peer, index, payload)
+                    self._fill(self.download[1], index, payload, squeezed=message.chunk.squeezed)
                 self._changed()
+
+    def _fill(self, download: Download, index: int, payload: Buffer, *, squeezed: bool) -> None:
+        try:
+            chunk = unsqueezed(payload, download.contents.chunk_bytes(index)) if squeezed else payload
+        except ValueError as error:
+            raise ProtocolError(self.peer, f"chunk {index}: {error}") from None
+        download.take(self.peer, index, chunk)
 
     def close(self) -> None:
         """Break off: it keeps for a while what was begun."""

@@ -236,14 +236,16 @@ class StateAsk(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., step: _Optional[int] = ..., begun: _Optional[int] = ..., at: _Optional[int] = ...) -> None: ...
 
 class StateChunk(_message.Message):
-    __slots__ = ("mean", "number", "index")
+    __slots__ = ("mean", "number", "index", "squeezed")
     MEAN_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    SQUEEZED_FIELD_NUMBER: _ClassVar[int]
     mean: bool
     number: int
     index: int
-    def __init__(self, mean: _Optional[bool] = ..., number: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
+    squeezed: bool
+    def __init__(self, mean: _Optional[bool] = ..., number: _Optional[int] = ..., index: _Optional[int] = ..., squeezed: _Optional[bool] = ...) -> None: ...
 
 class FromNewcomer(_message.Message):
     __slots__ = ("alive", "ask", "chunk", "coming")

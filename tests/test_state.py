@@ -109,6 +109,17 @@ def test_a_state_comes_from_all_donors_at_the_sum_of_their_rates(count):
     simulate(test)
 
 
+def test_a_state_travels_in_fewer_bytes_than_it_has():
+    async def test(hub, now):
+        (mate,), newcomer = await donors_of(hub, 1), Mate(hub, "newcomer", seed=1)
+        began_s = now()
+        assert await newcomer.loader.load(names([mate]))
+        assert_same(newcomer, mate)
+        assert now() - began_s < 0.9 * DATA_BYTES / RATE
+
+    simulate(test)
+
+
 def test_steps_that_close_while_the_state_comes_are_replayed():
     async def test(hub, now):
         mates, newcomer = await donors_of(hub, 2), Mate(hub, "newcomer", seed=1)
@@ -386,7 +397,8 @@ JUNK = bytes(100)
 FITS = Contents(100, tuple(map(hash_of, chunks_of(JUNK)))).pack()
 
 
-def chunk(message, payload: bytes) -> tuple[bytes, bytes]:
+def chunk(message, payload: bytes, *, squeezed: bool = False) -> tuple[bytes, bytes]:
+    message.chunk.squeezed = squeezed
     return pb.FromDonor(chunk=message.chunk).SerializeToString(), payload
 
 
@@ -401,6 +413,12 @@ def chunk(message, payload: bytes) -> tuple[bytes, bytes]:
         (
             lambda message: [chunk(message, JUNK[1:]) if message.HasField("chunk") else offer()],
             "hash that it announced",
+        ),
+        (
+            lambda message: [
+                chunk(message, JUNK, squeezed=True) if message.HasField("chunk") else offer(hashes=FITS)
+            ],
+            "exponents in a squeezed chunk|no squeezed chunk",
         ),
         (
             lambda message: [chunk(message, JUNK) if message.HasField("chunk") else offer(hashes=FITS)],
