@@ -1,6 +1,11 @@
+import subprocess
+import sys
+from typing import get_args
+
 import pytest
 
-from swarm.config import RunConfig, dump_run, load_run, parse_run
+from averaging.codecs import CODECS
+from swarm.config import FINE, AveragingCodec, RunConfig, dump_run, load_run, parse_run
 from swarm.errors import ConfigError
 
 
@@ -93,3 +98,13 @@ def test_every_field_is_described():
                 yield path + name
 
     assert not list(undescribed(RunConfig))
+
+
+def test_the_codecs_of_a_run_file_are_those_that_there_are():
+    assert set(get_args(AveragingCodec)) == CODECS.keys()
+    assert {name for name, codec in CODECS.items() if not codec.lossy} == FINE
+
+
+def test_a_mistake_is_told_without_waiting_for_torch():
+    program = "import sys, trainers.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
