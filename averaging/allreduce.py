@@ -22,7 +22,7 @@ from averaging.averaging_pb2 import Piece, RoundFrame, RoundGreeting
 from averaging.bandwidth import UplinkMeter
 from averaging.errors import AveragingError, LinkError, ProtocolError, RoundAbandonedError
 from averaging.feedback import Feedback
-from averaging.network import Buffer, Network, PeerId, Stream, kept_alive
+from averaging.network import LOOKS, Buffer, HasStopped, Network, PeerId, Stream, kept_alive, while_heard
 from averaging.pace import Pace
 from averaging.plan import StepRules
 from averaging.reduction import HELD, Means, Reduction, decode
@@ -43,6 +43,8 @@ class ButterflyAllReduce:
         self.network, self.rules = network, rules
         self.max_payload_bytes = HELD.size_bytes(rules.piece_values)
         self.feedback, self.uplink = Feedback(), uplink or UplinkMeter()
+        # Of a member that is dialled; who has mates knows it sooner.
+        self.has_stopped: HasStopped = lambda peer, unheard_s: unheard_s >= rules.silence_s
         self._rounds: dict[RoundName, asyncio.Future[OpenRound]] = {}
         self._waiting: Counter[PeerId] = Counter()  # greetings of rounds that this peer has no plan of
 
@@ -132,7 +134,7 @@ class OpenRound:
         self._receives, self._speaks = self._me in round_.receivers, self._me in round_.speakers
         others = [p for p in round_.work if p != self._me] if self._receives or self._speaks else []
         self._exchanges = [asyncio.create_task(self._exchange(peer)) for peer in others]
-        self._doors = asyncio.get_running_loop().call_later(owner.rules.progress_s, self._close_doors)
+        self._doors = asyncio.create_task(self._close_doors())
 
     async def run(self, vector: torch.Tensor, weight: float) -> Done:
         """Average `vector` ([values] float32), now that it is known, with the group.
@@ -183,9 +185,7 @@ class OpenRound:
     async def _exchange(self, reducer: PeerId) -> None:
         """Send my parts to one reducer and receive its means; a failure is noted, it concerns nobody else."""
         try:
-            stream = await self._owner.network.open(
-                reducer, SERVICE, max_payload_bytes=self._owner.max_payload_bytes
-            )
+            stream = await self._dial(reducer)
         except LinkError as error:
             self._lost[reducer] = error.what
             return
@@ -201,6 +201,11 @@ class OpenRound:
                 self._lost[reducer] = str(errors.exceptions[0])
         finally:
             stream.abort()
+
+    async def _dial(self, reducer: PeerId) -> Stream:
+        owner = self._owner
+        dialling = owner.network.open(reducer, SERVICE, max_payload_bytes=owner.max_payload_bytes)
+        return await while_heard(reducer, dialling, owner.has_stopped, look_s=self._silence_s / LOOKS)
 
     async def _send_parts(self, stream: Stream) -> None:
         """A part of no weight needs no bytes."""
@@ -263,10 +268,18 @@ class OpenRound:
             stream.abort()
             self._leave(peer, str(errors.exceptions[0]))
 
-    def _close_doors(self) -> None:
-        for peer in self._round.speakers:
-            if peer != self._me and peer not in self._served:
-                self._leave(peer, "did not come")
+    async def _close_doors(self) -> None:
+        """Wait for who is to come: for `progress_s`, or half of that for who is silent elsewhere, too."""
+        rules, time_s = self._owner.rules, asyncio.get_running_loop().time
+        began_s, awaited = time_s(), set(self._round.speakers) - {self._me}
+        while awaited:
+            await asyncio.sleep(rules.progress_s / LOOKS)
+            awaited -= self._served.keys()
+            unheard_s = (time_s() - began_s) * rules.silence_s / rules.progress_s
+            for peer in sorted(awaited):
+                if self._owner.has_stopped(peer, unheard_s):
+                    awaited.discard(peer)
+                    self._leave(peer, "did not come")
 
     def _leave(self, peer: PeerId, why: str) -> None:
         self._reduction.leave(peer, why)

@@ -66,6 +66,7 @@ class Ballot:
     holdings: Holdings | None = None  # once there is a plan: what its members hold
     ids: dict[PeerId, set[bytes]] = field(default_factory=dict)  # of what each one's vector is made of
     duplicates: set[PeerId] = field(default_factory=set)  # who has something of another's in its vector
+    versions: dict[PeerId, int] = field(default_factory=dict)  # of those who do not report, as they say
     ended: bool = False
     reason: str = ""
     looking: "asyncio.Task[None] | None" = None
@@ -73,6 +74,11 @@ class Ballot:
     def last_heard_s(self, peer: PeerId) -> float:
         """When a reporter said something, or was told the plan."""
         return max(self.heard_s[peer], self.closed_s or 0.0)
+
+    def behind(self, *, by: int = 1) -> set[PeerId]:
+        """Peers so many steps short of this one: they have no say in it before they have caught up."""
+        short = (peer for peer, version in self.versions.items() if version + by <= self.step)
+        return set(short).difference(self.reports)
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,8 +309,9 @@ class Coordinator:
             ballot.reports,
             target=rules.target,
             expected=self._mates.voters(),
-            quorum=self._mates.has_quorum(ballot.reports, self._mates.voters()),
-            silent=self._mates.silent(),
+            quorum=self._mates.has_quorum(ballot.reports, self._electors(ballot)),
+            # Who is one step behind may have taken it since; who is further needs longer than the grace.
+            silent={*self._mates.silent(), *ballot.behind(by=2)},
             unheard=[p for p in ballot.reports if loop.time() > ballot.heard_s[p] + rules.overdue_s],
             waited_s=0.0 if ballot.reached_s is None else loop.time() - ballot.reached_s,
             grace_s=rules.grace_s,
@@ -393,7 +400,18 @@ class Coordinator:
     def _is_quorum(self, ballot: Ballot, holdings: Holdings) -> bool:
         """Of all live peers, as for closing: who left may be in a plan with those who are not in this one."""
         assert ballot.plan is not None
-        return self._mates.has_quorum(holdings.alive, {*self._mates.voters(), *ballot.plan.bringers})
+        return self._mates.has_quorum(holdings.alive, {*self._electors(ballot), *ballot.plan.bringers})
+
+    def _electors(self, ballot: Ballot) -> set[PeerId]:
+        """Those who might close the step without the others: not who has yet to come to it.
+
+        That one hears of this step before it takes it itself: of its mates, or of the witnesses.
+        """
+        voters = set(self._mates.voters())
+        if self._rules.strict:
+            return voters
+        ballot.versions[self._network.peer_id] = self._version()
+        return voters.difference(ballot.behind()) or voters
 
     def step_closed(self, version: int) -> None:
         """This peer has reached `version`: whoever still reports for an earlier step is behind."""
@@ -412,6 +430,7 @@ class Coordinator:
             info = await self.query(peer, pb.StepQuery(step=ballot.step))
             if info.version > ballot.step:
                 return self._send_all(ballot, pb.FromCoordinator(behind=info.version))
+            ballot.versions[peer] = info.version
             rival = info.coordinator
             if rival == self._network.peer_id or rival not in self._mates.live():
                 return

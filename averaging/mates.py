@@ -72,10 +72,13 @@ class Mates:
         going = electors.difference(self._unanswered.intersection(self._witnesses.silent()))
         return heard and bool(going) and going.issubset(present)
 
+    def is_silent_elsewhere(self, peer: PeerId) -> bool:
+        """Do the witnesses not hear it, either?"""
+        return peer in self._witnesses.silent()
+
     def has_stopped(self, peer: PeerId, unheard_s: float) -> bool:
         """Nothing has come from it for so long: it counts as lost, sooner if no witness hears it either."""
-        is_silent = peer in self._witnesses.silent()
-        return unheard_s >= self._rules.silence_s / (2 if is_silent else 1)
+        return unheard_s >= self._rules.silence_s / (2 if self.is_silent_elsewhere(peer) else 1)
 
     def furthest(self) -> int:
         """The version of the mate that is furthest, as far as the witnesses know."""

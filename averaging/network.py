@@ -15,15 +15,17 @@ Pure protocol definitions plus the pool; the shells are `averaging.hivemind_netw
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from averaging.errors import LinkError
 
 PROTOCOL_VERSION = 9  # of all that peers say to each other
 PeerId = str
 Buffer = bytes | bytearray | memoryview
+HasStopped = Callable[[PeerId, float], bool]  # (who, seconds for which nothing has come from it)
+T = TypeVar("T")
 
 MAX_HEADER_BYTES = 1 << 20  # token ids travel in headers
 IDLE_STREAMS_PER_PEER = 8
@@ -135,6 +137,26 @@ async def kept_alive(stream: Stream, alive: bytes, silence_s: float) -> AsyncIte
         yield
     finally:
         beating.cancel()
+
+
+async def while_heard(
+    peer: PeerId, awaited: Coroutine[None, None, T], has_stopped: HasStopped, *, look_s: float
+) -> T:
+    """What comes of `peer`, which is looked after every `look_s`.
+
+    Raises LinkError when nothing has come for so long that it counts as stopped.
+    """
+    time_s, task = asyncio.get_running_loop().time, asyncio.create_task(awaited)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieved, in any case
+    began_s = time_s()
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=look_s)
+            if not task.done() and has_stopped(peer, unheard_s := time_s() - began_s):
+                raise LinkError(peer, f"silent for {unheard_s:.1f} s", silent=True)
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def answer(stream: Stream, respond: Respond) -> None:

@@ -19,9 +19,9 @@ import functools
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from google.protobuf.message import DecodeError
@@ -39,7 +39,7 @@ from averaging.errors import (
 )
 from averaging.mates import Mates
 from averaging.moshpit import Averaged, Contribution, Rounds
-from averaging.network import BEATS, LOOKS, Frame, Network, PeerId, Stream, kept_alive
+from averaging.network import BEATS, LOOKS, Frame, Network, PeerId, Stream, kept_alive, while_heard
 from averaging.plan import Pass, Plan, Report, StepRules, check_plan, coordinator_order
 from averaging.round import Done
 from averaging.shares import Mode
@@ -49,6 +49,7 @@ from averaging.witnesses import NO_WITNESSES, Witnesses
 ALIVE = pb.FromMember(alive=True).SerializeToString()
 VERDICT_TRIES, VERDICT_PAUSE_S = 4, 0.25
 ASKED = 8  # members, whether a step is closed
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -135,6 +136,7 @@ class Participant:
             witnesses=witnesses,
             helps=mode is Mode.AUXILIARY,
         )
+        all_reduce.has_stopped = mates.has_stopped
         self._seen_plans: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
         self._finishing: set[asyncio.Task[None]] = set()
         self._pending: bytes = b""  # the plan whose coordinator is still heard
@@ -228,7 +230,7 @@ class Participant:
 
     async def _step_with(self, coordinator: PeerId, step: int, contributor: Contributor) -> Mean:
         await contributor.prepare()
-        stream = await self._network.open(coordinator, STEP_SERVICE)
+        stream = await self._while_heard(coordinator, self._network.open(coordinator, STEP_SERVICE))
         self.reporting_to = coordinator
         try:
             plan = await self._report_until_plan(stream, step, contributor)
@@ -279,16 +281,11 @@ class Participant:
 
     async def _next_frame(self, stream: Stream) -> Frame | None:
         """Raises LinkError once the coordinator counts as lost."""
-        time_s = asyncio.get_running_loop().time
-        heard_s = time_s()
-        while True:
-            try:
-                async with asyncio.timeout(self._rules.silence_s / LOOKS):
-                    return await stream.receive()
-            except TimeoutError:
-                if self.mates.has_stopped(stream.remote, unheard_s := time_s() - heard_s):
-                    what = f"silent for {unheard_s:.1f} s"
-                    raise LinkError(stream.remote, what, silent=True) from None
+        return await self._while_heard(stream.remote, stream.receive())
+
+    async def _while_heard(self, peer: PeerId, awaited: Coroutine[None, None, T]) -> T:
+        look_s = self._rules.silence_s / LOOKS
+        return await while_heard(peer, awaited, self.mates.has_stopped, look_s=look_s)
 
     async def _checked(
         self, message: pb.StepPlan, step: int, coordinator: PeerId, contributor: Contributor
@@ -442,8 +439,9 @@ class Participant:
         """What they know of the plan; once there are enough answers, the others have little time left."""
         asked = {asyncio.create_task(self._ask(peer, plan)): peer for peer in peers}
         answers: dict[PeerId, pb.StepInfo] = {}
-        # Of those that have stopped, as all others agree, no answer is waited for.
-        waiting, limit_s = set(asked), VERDICT_PAUSE_S if self._is_enough(plan, peers) else None
+        waiting, limit_s = set(asked), None
+        if all(map(self.mates.is_silent_elsewhere, peers)):  # they have stopped: do not wait for an answer
+            limit_s = VERDICT_PAUSE_S
         try:
             while waiting:
                 done, waiting = await asyncio.wait(

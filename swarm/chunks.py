@@ -12,6 +12,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from averaging.errors import ProtocolError
 from averaging.network import Buffer, PeerId
@@ -50,11 +51,22 @@ class Contents:
         return cls(size_bytes, tuple(hashes))
 
 
-def chunks_of(data: Buffer, first: int = 0) -> Iterator[memoryview]:
+class Sliceable(Protocol):
+    """Bytes, wherever they lie."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, span: slice, /) -> Buffer: ...
+
+
+def chunk_of(data: Sliceable, index: int) -> Buffer:
+    start = index * CHUNK_BYTES
+    return data[start : start + CHUNK_BYTES]
+
+
+def chunks_of(data: Sliceable) -> Iterator[Buffer]:
     """One after the other."""
-    view = memoryview(data)
-    for start in range(first * CHUNK_BYTES, len(view), CHUNK_BYTES):
-        yield view[start : start + CHUNK_BYTES]
+    return (chunk_of(data, index) for index in range(-(-len(data) // CHUNK_BYTES)))
 
 
 def hash_of(chunk: Buffer) -> bytes:

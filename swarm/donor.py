@@ -15,9 +15,9 @@ from google.protobuf.message import DecodeError
 
 from averaging.bandwidth import UplinkMeter
 from averaging.errors import LinkError, ProtocolError
-from averaging.network import Buffer, Network, PeerId, Stream, kept_alive
+from averaging.network import Network, PeerId, Stream, kept_alive
 from swarm import swarm_pb2 as pb
-from swarm.chunks import chunks_of
+from swarm.chunks import chunk_of
 from swarm.holdings import Given, Holdings
 from swarm.squeezing import squeezed
 
@@ -176,7 +176,7 @@ class Donor:
             raise ProtocolError(stream.remote, "wants a chunk of what it was not offered")
         if wanted.index >= given.contents.chunks:
             raise ProtocolError(stream.remote, f"wants chunk {wanted.index} of {given.contents.chunks}")
-        chunk: Buffer = next(chunks_of(given.data, first=wanted.index))
+        chunk = chunk_of(given.data, wanted.index)
         small = None if wanted.mean else squeezed(chunk)  # means are small already
         wanted.squeezed = small is not None
         sent = chunk if small is None else small

@@ -20,12 +20,10 @@ import torch
 
 from averaging import exact
 from averaging.bounded import forget_oldest
-from averaging.network import Buffer
-from swarm.chunks import Contents, chunks_of, hash_of
+from swarm.chunks import Contents, Sliceable, chunks_of, hash_of
 from swarm.compute import Compute, between_hops
 from swarm.history import ID_BYTES
 from swarm.stage import Stage
-from swarm.tensors import packed
 
 KEPT_STATES = 2  # another newcomer is offered one of these, and the means after it
 MOST_STATES = 4  # if those of slow newcomers are too old by now for anybody else
@@ -40,7 +38,7 @@ class Given:
     """An object that can be had, in chunks."""
 
     name: Name
-    data: Buffer
+    data: Sliceable
     contents: Contents
 
 
@@ -146,7 +144,7 @@ class StageHoldings:
 
     async def _snapshot(self) -> Given:
         version, data = await between_hops(
-            self._compute, lambda: (self._stage.version, serialized(self._stage))
+            self._compute, lambda: (self._stage.version, self._stage.snapshot())
         )
         given = self._states[version] = await given_of((False, version), data)
         return given
@@ -169,7 +167,8 @@ class StageHoldings:
 
 
 def serialized(stage: Stage) -> bytearray:
-    return packed(stage.state())
+    """A copy of its state."""
+    return stage.snapshot().joined()
 
 
 def pack_mean(mean: torch.Tensor, microbatches: Collection[bytes]) -> bytes:
@@ -187,7 +186,7 @@ def unpack_mean(data: bytearray, values: int) -> tuple[torch.Tensor, list[bytes]
     return exact.unpack(memoryview(data)[start:], values), ids
 
 
-async def contents_of(data: Buffer) -> Contents:
+async def contents_of(data: Sliceable) -> Contents:
     """Hash it, a chunk at a time: others have their turn in between."""
     hashes = []
     for chunk in chunks_of(data):
@@ -196,5 +195,5 @@ async def contents_of(data: Buffer) -> Contents:
     return Contents(len(data), tuple(hashes))
 
 
-async def given_of(name: Name, data: Buffer) -> Given:
+async def given_of(name: Name, data: Sliceable) -> Given:
     return Given(name, data, await contents_of(data))

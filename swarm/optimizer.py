@@ -41,6 +41,10 @@ class AdamW:
         largest = max((part.stop - part.start for part, _ in self._parts), default=0)
         self._room = torch.empty(2, largest, device=device)
 
+    def renew(self) -> None:
+        """Go on in new memory: somebody still reads the moments where they are."""
+        self.first, self.second = self.first.clone(), self.second.clone()
+
     def step(self, values: torch.Tensor, gradient: torch.Tensor, *, number: int, lr: float) -> None:
         """The step after `number` others, in place on `values` ([values] float32), from the `gradient`, which
         lies on the CPU and stays as it is."""

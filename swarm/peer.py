@@ -397,10 +397,12 @@ class Peer:
             if not drifted and await self._loader.follow():
                 self._holdings.reached()
                 return True
-            await self.membership.read()
+            if not self._living():  # else not now: reading takes long while peers have stopped
+                await self.membership.read()
             if await self._loader.load(self._living(), at_least=self.stage.version):
                 self._holdings.reached()
                 return True
+            await self.membership.read()
             log.info("nobody gives a state of stage %d for now", self._stage_number)
         except AveragingError as trouble:
             log.info("no state of stage %d for now: %s", self._stage_number, trouble)

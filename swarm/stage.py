@@ -12,6 +12,7 @@ Torch; owned by one compute thread. B batch, T tokens, D width, V vocabulary.
 """
 
 import hashlib
+import weakref
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ from averaging.plan import Pass
 from swarm.config import TrainingConfig
 from swarm.history import History
 from swarm.optimizer import AdamW, learning_rate
+from swarm.tensors import Pieces, pieces_of
 from swarm.weights import Layout, Weights
 
 HISTORY = "history"  # its name in a state
@@ -67,6 +69,7 @@ class Stage:
         self._layout = Layout(self.module)
         self._weights = self._layout.adopt()
         self._optimizer = AdamW(training.optimizer, self.shapes, self.device)
+        self._snapshots = weakref.WeakSet[Pieces]()  # of this version, that somebody has
         # Strict mode: a step back, for neighbours whose step has not closed when this one's has.
         self._previous: Weights | None = None
         self.accumulator = self.empty(0)
@@ -238,6 +241,9 @@ class Stage:
         """One optimizer step with the mean gradient [values] of `microbatches`; the version grows by one."""
         if self._training.strict:
             self._previous = self._weights
+        if self._snapshots:
+            self._optimizer.renew()
+            self._snapshots.clear()
         vector = self._weights.vector.clone()
         lr = learning_rate(self._training.optimizer, self.version, self._training.steps)
         self._optimizer.step(vector, mean, number=self.version, lr=lr)
@@ -268,6 +274,12 @@ class Stage:
         packed = self.history.pack()
         state[HISTORY] = torch.tensor(bytearray(packed), dtype=torch.uint8)
         return state
+
+    def snapshot(self) -> Pieces:
+        """The state as bytes, in its own memory: a step leaves that as it is while somebody has them."""
+        pieces = pieces_of(self.state())
+        self._snapshots.add(pieces)
+        return pieces
 
     def load(self, state: dict[str, torch.Tensor], version: int) -> None:
         """Replace parameters and optimizer by `state` at `version`; what is accumulated counts on there.

@@ -23,7 +23,7 @@ from averaging.network import Network, PeerId
 from swarm.chunks import Contents
 from swarm.compute import Compute, between_hops
 from swarm.donors import Donors, Loading
-from swarm.holdings import contents_of, serialized, unpack_mean
+from swarm.holdings import contents_of, unpack_mean
 from swarm.source import Offer
 from swarm.stage import Stage
 from swarm.tensors import tensors_in
@@ -122,7 +122,7 @@ class StateLoader:
         return data
 
     async def _own_contents(self) -> Contents:
-        return await contents_of(await between_hops(self._compute, lambda: serialized(self._stage)))
+        return await contents_of(await between_hops(self._compute, self._stage.snapshot))
 
     def _load(self, data: bytearray, version: int) -> None:
         try:

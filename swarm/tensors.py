@@ -1,4 +1,4 @@
-"""A state as bytes, copied once, and as tensors again, in place.
+"""A state as bytes, where its tensors lie, and as tensors again, in place.
 
 Copying a large one to fresh memory takes a good part of the time that fetching it takes.
 
@@ -10,17 +10,50 @@ Torch, no I/O.
 
 import json
 import math
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
+
+from averaging.network import Buffer
 
 LENGTH_BYTES = ALIGNED = 8
 DTYPES = {"F32": torch.float32, "U8": torch.uint8}  # all that a state consists of
 METADATA = "__metadata__"
 
 
-def packed(tensors: Mapping[str, torch.Tensor]) -> bytearray:
-    """Float32 and uint8 tensors, of any shape and on any device, as the safetensors library writes them."""
+class Pieces:
+    """Bytes that lie in several places, one after the other."""
+
+    def __init__(self, parts: Sequence[Buffer]) -> None:
+        self._parts = [memoryview(part) for part in parts if len(part)]
+        self._starts = [0, *accumulate(map(len, self._parts))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, span: slice) -> Buffer:
+        """Those from `start` to `stop`: in their place, or copied if they lie in several."""
+        start, stop, _ = span.indices(len(self))
+        found, at = list[memoryview](), bisect_right(self._starts, start) - 1
+        while start < stop:
+            first, last = self._starts[at], self._starts[at + 1]
+            found.append(self._parts[at][start - first : min(stop, last) - first])
+            start, at = last, at + 1
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def joined(self) -> bytearray:
+        """All of it, copied."""
+        data = bytearray(len(self))
+        for start, part in zip(self._starts, self._parts, strict=False):
+            data[start : start + len(part)] = part
+        return data
+
+
+def pieces_of(tensors: Mapping[str, torch.Tensor]) -> Pieces:
+    """Float32 and uint8 tensors, of any shape, as the safetensors library writes them; those on the CPU in
+    their own memory."""
     kinds = {dtype: name for name, dtype in DTYPES.items()}
     ordered = sorted(tensors.items(), key=lambda each: (-each[1].dtype.itemsize, each[0]))
     header, end = {}, 0
@@ -33,12 +66,13 @@ def packed(tensors: Mapping[str, torch.Tensor]) -> bytearray:
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNED)
-    start = LENGTH_BYTES + len(text)
-    data = bytearray(start + end)
-    data[:start] = len(text).to_bytes(LENGTH_BYTES, "little") + text
-    for name, place in tensors_in(data).items():
-        place.copy_(tensors[name])
-    return data
+    lead = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    return Pieces([lead, *(_bytes_of(tensor) for _, tensor in ordered)])
+
+
+def _bytes_of(tensor: torch.Tensor) -> Buffer:
+    flat = tensor.detach().reshape(-1).cpu()
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
 def tensors_in(data: bytearray) -> dict[str, torch.Tensor]:

@@ -213,6 +213,28 @@ class Said:
         self.done.append(done)
 
 
+@pytest.mark.parametrize(("elsewhere", "limit_s"), [(False, 3.5), (True, 2.0)])
+def test_nobody_waits_for_a_member_that_stops_before_it_comes(elsewhere, limit_s):
+    """Least of all if others do not hear it, either."""
+
+    async def main():
+        group = Group(2, 2 * 512)
+        first, _ = group.members
+        if elsewhere:
+            first.has_stopped = lambda peer, unheard_s: unheard_s >= group.rules.silence_s / 2
+        await first.start()
+        group.hub.hang("p1")
+        rounds = Rounds(group.plan, "p0", all_reduce=first, say=(said := Said()))
+        running = asyncio.create_task(rounds.average(Contribution(torch.ones(2 * 512), 1.0)))
+        await asyncio.sleep(limit_s)
+        running.cancel()
+        rounds.close()
+        return said.done
+
+    (done,) = virtual_time.run(main())
+    assert done.lost == {"p1"} and done.missing == {"p1": 0}
+
+
 def test_a_group_of_one_needs_no_network():
     async def main():
         group = Group(1, 100, "int8")

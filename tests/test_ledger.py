@@ -429,3 +429,18 @@ def test_what_a_peer_brings_back_leaves_the_microbatch_with_a_peer_at_every_stag
     routes = [command.route for command in commands if isinstance(command, Resend | PushTokens)]
     assert routes and all(route.peers == ("0a", "1a", "2a") for route in routes)
     assert all(0 in route.accumulated for route in routes), "nobody counts it again at stage 0"
+
+
+def test_a_gradient_that_its_peer_gave_up_is_computed_again_when_the_state_that_held_it_is_given_up_too():
+    """A stage that was lost went on in two states for a while: the one with this gradient was not kept."""
+    ledger = make_ledger(retain_until_step=True)
+    route = issue(ledger)
+    carry(ledger, route)
+    gave_up = route.peers[2]
+    other = next(peer for peer in ("2a", "2b") if peer != gave_up)
+    ledger.handle(SteppedEvent(2, other, 1, frozenset((M,)), whole=True), 2.0)
+    assert say(ledger, gave_up, pb.DROPPED, 3.0) == [], "a living peer's state holds it"
+    commands = ledger.handle(SteppedEvent(2, other, 2, frozenset(), whole=True), 4.0)
+    commands += ledger.handle(SteppedEvent(2, gave_up, 2, frozenset()), 4.0)
+    assert [c for c in commands if isinstance(c, Resend)], "nobody has it any more"
+    assert ledger.unsettled == 1 and ledger.in_flight == 1

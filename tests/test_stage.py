@@ -122,6 +122,23 @@ def test_state_moves_to_another_stage_bit_by_bit_and_trains_on_alike():
     assert newcomer.hash() == donor.hash() and newcomer.version == 4
 
 
+def test_a_snapshot_stays_what_it_was_while_somebody_has_it_and_costs_nothing_after():
+    stage = make_stages(config(), 3)[1]
+    stage.apply(torch.ones(stage.values))
+    snapshot, copied = stage.snapshot(), stage.snapshot().joined()
+    where = stage._optimizer.first.data_ptr()
+    places = [torch.frombuffer(part, dtype=torch.uint8).data_ptr() for part in snapshot._parts[1:]]
+    assert where in places, "it is the stage's own memory"
+    for _ in range(2):
+        stage.apply(torch.ones(stage.values))
+    assert snapshot.joined() == copied != stage.snapshot().joined()
+    assert stage._optimizer.first.data_ptr() != where
+    del snapshot
+    where = stage._optimizer.first.data_ptr()
+    stage.apply(torch.ones(stage.values))
+    assert stage._optimizer.first.data_ptr() == where
+
+
 def test_a_state_that_does_not_fit_changes_nothing():
     run = config()
     stage, other = make_stages(run, 3)[1], make_stages(run, 3)[0]

@@ -513,6 +513,37 @@ def test_a_stage_of_two_goes_on_at_once_when_one_stops_in_the_middle_of_a_step(r
     simulate(test, "network.expire_s=20")
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_who_has_yet_to_catch_up_holds_nobody_up(first):
+    async def test(sim):
+        await train(sim, 40)
+        pair = sorted((p for p in sim.peers.values() if p.stage == 1), key=lambda p: p.id)
+        away, mate = pair if first else reversed(pair)
+        sim.hub.hang(away.id)
+        training = asyncio.ensure_future(train(sim, 400, first=40))
+        await sim.until(lambda: mate.peer.stage.version > away.peer.stage.version + 3)
+        catch_up, began = away.peer.updater._refetch, asyncio.Event()
+
+        async def slowly(error):
+            began.set()
+            await asyncio.sleep(6)
+            return await catch_up(error)
+
+        away.peer.updater._refetch = slowly
+        sim.hub.resume(away.id)
+        await began.wait()
+        before = mate.peer.stage.version
+        await asyncio.sleep(5)
+        steps = mate.peer.stage.version - before
+        await training
+        assert steps >= 6, f"{steps} steps in five seconds"
+        split = [node for node, states in sim.hashes.items() if len(states) > 1]
+        assert not split, f"(stage, version) with different states: {split}"
+        assert away.peer.stage.version >= mate.peer.stage.version - 1
+
+    simulate(test, "network.expire_s=20")
+
+
 def test_a_stage_of_two_whose_link_is_cut_does_not_split_while_trainers_hear_both():
     async def test(sim):
         await train(sim, 40)

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from swarm.tensors import packed, tensors_in
+from swarm.tensors import Pieces, pieces_of, tensors_in
 
 
 def written(header: dict, body: bytes = b"") -> bytearray:
@@ -27,7 +27,7 @@ def test_states_are_written_as_the_library_writes_them_and_read_in_place():
         "scalar": torch.tensor(2.0),
     }
     state["history"] = torch.arange(11, dtype=torch.uint8)
-    assert packed(state) == safetensors.torch.save(state)
+    assert pieces_of(state).joined() == safetensors.torch.save(state)
     data = bytearray(safetensors.torch.save(state, metadata={"format": "pt"}))
     found = tensors_in(data)
     assert found.keys() == state.keys()
@@ -36,6 +36,15 @@ def test_states_are_written_as_the_library_writes_them_and_read_in_place():
     )
     data[-1] ^= 1
     assert any(not torch.equal(found[name], state[name]) for name in state), "it is the same memory"
+
+
+def test_pieces_are_read_as_if_they_were_one():
+    data = bytes(range(60))
+    pieces = Pieces([data[:1], b"", data[1:20], data[20:50], data[50:]])
+    assert len(pieces) == 60 and pieces.joined() == data
+    for start in range(61):
+        for stop in range(65):
+            assert pieces[start:stop] == data[start:stop]
 
 
 @pytest.mark.parametrize(

@@ -352,10 +352,10 @@ class Ledger:
     def _given_up(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
         """The peer that had accumulated this hop has thrown its sum away."""
         hop = flight.hops[stage]
-        if hop.phase is Phase.SETTLED or self._evidence[stage].is_held(flight.id):
+        if hop.phase is Phase.SETTLED:
             return []
-        hop.accumulated_by = None
-        return self._lost(flight, stage, now_s)
+        hop.accumulated_by = None  # also if it is in a state: that may be given up, too
+        return [] if self._evidence[stage].is_held(flight.id) else self._lost(flight, stage, now_s)
 
     def _handed_over(self, flight: Flight, stage: int, event: HopEvent, now_s: float) -> list[Command]:
         """The peer that had accumulated this hop leaves; a stage mate has the gradient in its sum now."""
