@@ -35,6 +35,7 @@ ENDS = [["kill", "kill two"], ["terminate"], ["shrink"], ["lose stage"]]
 LAPSES = [["hang", "hang long"], ["cut", "cut trainer"]]
 FAULTS = [fault for kind in [*ENDS, *LAPSES] for fault in kind]
 CROWD, SETS_OUT_S = 2, 3.0
+TURNS_UP_S = 5.0  # that a mover may take to serve
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: PTH112 - a disk would only be slower
 S = TypeVar("S", bound="Schedule")
 
@@ -67,6 +68,8 @@ class Schedule:
         self.is_over = False  # nothing more will be broken
         self.shrunk = 0  # peers that nobody has replaced yet
         self.lost: list[set[Node]] = [set(), set(), set()]  # states that there were when a stage was lost
+        self.born_s: dict[Node, float] = {}  # when each state was stepped to
+        self.turns_up: dict[int, float] = {}  # stages that were lost while a mover had their state, and when
         self.reached = [0, 0, 0]  # the version that all peers of a stage had, as the trainer knew them
 
     def spy(self, ledger: Ledger) -> None:
@@ -98,6 +101,7 @@ class Schedule:
     async def run_in(self, folder: Path) -> None:
         sim = self.sim = Sim(tiny_run(*profile(self.seed)), self.seed)
         self.invariants = Invariants(sim)
+        sim.on_stepped = lambda node: self.born_s.setdefault(node, sim.clock())
         sim.hub.link = self.link
         sim.hub.fate = self.fate
         self.trouble = self.rng.choice([0.0, 0.01, 0.03])
@@ -287,6 +291,8 @@ class Schedule:
         """All of its peers at once; fresh ones come, to whatever the archive has."""
         sim = self.sim
         self.lost[stage] |= {node for node in sim.contents if node[0] == stage}
+        if any(peer.peer.membership.heading == stage for peer in sim.peers.values()):
+            self.turns_up[stage] = sim.clock()
         for peer in [p for p in sim.peers.values() if p.stage == stage]:
             self.note(f"kill {peer.id}, and with it stage {stage}")
             self.invariants.hurt(peer.id)
@@ -319,8 +325,15 @@ class Schedule:
                 assert least <= times <= 1, f"microbatch {number} is {times} times in stage {stage}"
 
     def gone_with_its_peers(self, stage: int) -> set[bytes]:
-        """What a stage may have taken in and have no more: if it was lost, the steps since the archive's."""
-        return {m for node in self.lost[stage] for m, _ in self.sim.contents[node]}
+        """What a stage may have taken in and have no more: if it was lost, the steps since the archive's.
+
+        If a mover turns up with a newer state, instead those that newcomers have taken from the archive's.
+        """
+        lost_s = self.turns_up.get(stage, float("inf"))
+        meanwhile = {
+            n for n, at_s in self.born_s.items() if n[0] == stage and 0 <= at_s - lost_s < TURNS_UP_S
+        }
+        return {m for node in self.lost[stage] | meanwhile for m, _ in self.sim.contents[node]}
 
 
 def stays(peer: SimPeer | SimVolunteer) -> bool:
