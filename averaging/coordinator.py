@@ -305,11 +305,12 @@ class Coordinator:
         elif ballot.reached_s is None:
             ballot.reached_s = loop.time()
             loop.call_later(rules.grace_s + 0.001, self._reconsider, ballot)
+        electors = self._electors(ballot)
         decision = decide(
             ballot.reports,
             target=rules.target,
             expected=self._mates.voters(),
-            quorum=self._mates.has_quorum(ballot.reports, self._electors(ballot)),
+            quorum=self._mates.has_quorum(ballot.reports, electors),
             # Who is one step behind may have taken it since; who is further needs longer than the grace.
             silent={*self._mates.silent(), *ballot.behind(by=2)},
             unheard=[p for p in ballot.reports if loop.time() > ballot.heard_s[p] + rules.overdue_s],

@@ -39,7 +39,7 @@ from averaging.errors import (
 )
 from averaging.mates import Mates
 from averaging.moshpit import Averaged, Contribution, Rounds
-from averaging.network import BEATS, LOOKS, Frame, Network, PeerId, Stream, kept_alive, while_heard
+from averaging.network import BEATS, LOOKS, Network, PeerId, Stream, kept_alive, while_heard
 from averaging.plan import Pass, Plan, Report, StepRules, check_plan, coordinator_order
 from averaging.round import Done
 from averaging.shares import Mode
@@ -271,7 +271,7 @@ class Participant:
             reporting.cancel()
 
     async def _hear(self, stream: Stream) -> pb.FromCoordinator:
-        frame = await self._next_frame(stream)
+        frame = await self._while_heard(stream.remote, stream.receive())
         if frame is None:
             raise LinkError(stream.remote, "closed the step stream")
         try:
@@ -279,11 +279,8 @@ class Participant:
         except DecodeError:
             raise LinkError(stream.remote, "malformed message of a coordinator") from None
 
-    async def _next_frame(self, stream: Stream) -> Frame | None:
-        """Raises LinkError once the coordinator counts as lost."""
-        return await self._while_heard(stream.remote, stream.receive())
-
     async def _while_heard(self, peer: PeerId, awaited: Coroutine[None, None, T]) -> T:
+        """Raises LinkError once the coordinator counts as lost."""
         look_s = self._rules.silence_s / LOOKS
         return await while_heard(peer, awaited, self.mates.has_stopped, look_s=look_s)
 

@@ -38,10 +38,8 @@ from swarm.returning import read_addresses, remember_peers, who_lives
 REPUBLISH_S = 3600.0
 CHECKPOINTS = "checkpoints"
 PEERS = "peers"  # where some could be dialled lately
-KEPT = (
-    *(CHECKPOINTS, PEERS, STATES, PROCESSES),
-    "identity",  # of a run that is resumed: it is the same to those who have joined it
-)
+# Of a run that is resumed; with its identity it is the same to those who have joined it.
+KEPT = (CHECKPOINTS, PEERS, STATES, PROCESSES, "identity")
 LAST_CHECKPOINT_S = 120.0
 log = logging.getLogger(__name__)
 PLAIN_LINE_S = 10.0  # period of progress lines when the output is no terminal

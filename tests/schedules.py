@@ -238,9 +238,11 @@ class Schedule:
         holders = [
             peer
             for peer in sim.peers.values()
-            if peer.id in known and peer.peer.stage.version >= self.reached[peer.stage] and stays(peer)
+            if peer.id in known
+            and peer.peer.stage.version >= self.reached[peer.stage]
+            and stays(peer)
+            and peer.id not in sim.hub.hung
         ]
-        holders = [peer for peer in holders if peer.id not in sim.hub.hung]
         pools = Counter(peer.stage for peer in holders)
         return sorted(peer.id for peer in sim.peers.values() if pools[peer.stage] > (peer in holders))
 
