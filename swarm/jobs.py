@@ -120,6 +120,7 @@ class HopJobs:
         else:
             hop.step = self._stage.accumulate(hop.route.microbatch, gradients, hop.push.token_count)
             hop.counted = True
+            self._counters["staleness"] += max(0, hop.step - hop.version)
         # Here, not on the event loop: a cancel that comes next must find what is already true.
         hop.phase = Phase.ACCUMULATED
 

@@ -60,7 +60,7 @@ def test_a_stage_that_has_lost_all_peers_goes_on_from_the_archive(tmp_path):
         await asyncio.sleep(2 * sim.config.network.expire_s)
         archived = archive.newest.step
         newcomer = await sim.start_peer(1)
-        await sim.until(lambda: newcomer in sim.pipeline._heard_s, 60)
+        await sim.until(lambda: newcomer in sim.pipeline.hearing, 60)
         assert sim.peers[newcomer].peer.stage.version == archived >= EVERY
         await train(sim, 40, first=200)
         assert sim.peers[newcomer].peer.stage.version > archived
@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_peers_take_it_only_while_nobody_l
         await sim.until(lambda: len(sim.completed) == 40)
         assert min(versions(sim)) > newest.step
         late = await sim.start_peer(0)
-        await sim.until(lambda: late in sim.pipeline._heard_s, 60)
+        await sim.until(lambda: late in sim.pipeline.hearing, 60)
         assert sim.peers[late].peer.stage.version > newest.step
         assert sim.pipeline.ledger.counters["lost"] == 0
 

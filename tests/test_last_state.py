@@ -215,7 +215,7 @@ def test_a_stage_whose_peers_have_all_lost_power_goes_on_from_the_newest_of_thei
         first = await sim.start_peer(1, last_state(tmp_path / "once", sim.config))
         await asyncio.sleep(0.5)
         second = await sim.start_peer(1, last_state(tmp_path / "often", sim.config))
-        await sim.until(lambda: {first, second} <= {*sim.pipeline._heard_s}, 90)
+        await sim.until(lambda: all(p in sim.pipeline.hearing for p in (first, second)), 90)
         assert min(sim.peers[peer].peer.stage.version for peer in (first, second)) >= newest - 1
         await train(sim, 40, first=60)
         assert not sim.errors, sim.errors
@@ -243,7 +243,7 @@ def test_a_peer_that_is_back_before_the_next_step_transfers_nothing(tmp_path, ca
         await mine.close()
         with caplog.at_level("INFO", logger="swarm.state"):
             back = await sim.start_peer(1, last_state(tmp_path, sim.config))
-            await sim.until(lambda: back in sim.pipeline._heard_s, 60)
+            await sim.until(lambda: back in sim.pipeline.hearing, 60)
         assert sim.peers[back].peer.stage.version == left.version
         told = [r.getMessage() for r in caplog.records]
         assert any("the same state" in line for line in told) and not any("loaded" in line for line in told)

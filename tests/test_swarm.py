@@ -393,7 +393,7 @@ def test_trainers_find_a_newcomer_at_once_not_when_they_read_the_roster_next():
         peer = sim.peers[newcomer].peer
         await sim.until(lambda: peer.updater.state_hash)
         joined_s = sim.clock()
-        await sim.until(lambda: newcomer in sim.pipeline._heard_s)
+        await sim.until(lambda: newcomer in sim.pipeline.hearing)
         assert sim.clock() - joined_s < 0.5
         training = asyncio.ensure_future(train(sim, 60, first=20))
         await sim.until(lambda: peer.server.counters["tokens"] > 0, 5)
@@ -525,16 +525,19 @@ def test_who_has_yet_to_catch_up_holds_nobody_up(first):
         catch_up, began = away.peer.updater._refetch, asyncio.Event()
 
         async def slowly(error):
-            began.set()
-            await asyncio.sleep(6)
+            if not began.is_set():
+                began.set()
+                await asyncio.sleep(6)
             return await catch_up(error)
 
         away.peer.updater._refetch = slowly
         sim.hub.resume(away.id)
         await began.wait()
-        before = mate.peer.stage.version
+        await asyncio.sleep(0.5)  # for what lay in its queue
+        before, tokens = mate.peer.stage.version, away.peer.server.counters["tokens"]
         await asyncio.sleep(5)
         steps = mate.peer.stage.version - before
+        assert away.peer.server.counters["tokens"] == tokens, "it computed with weights that are gone"
         await training
         assert steps >= 6, f"{steps} steps in five seconds"
         split = [node for node, states in sim.hashes.items() if len(states) > 1]

@@ -36,6 +36,7 @@ from swarm.scope import at_stage
 from swarm.server import SERVICE
 from trainers import events as ev
 from trainers.assembly import ledger_of, take, throttle_of, wirings_of
+from trainers.hearing import Hearing
 from trainers.ledger import batched_releases
 
 TICK_S = 0.05
@@ -80,9 +81,7 @@ class Pipeline:
             for stage in range(config.model.stages)
         ]
         self._watched: dict[PeerId, asyncio.Task[None]] = {}  # one stream per peer
-        self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat was answered
-        self._version_of: dict[PeerId, int] = {}  # of those that are heard
-        self._silent_s: dict[PeerId, float] = {}  # since when each peer that had been heard is not
+        self.hearing = Hearing(heartbeat_s=config.network.heartbeat_s, expire_s=config.network.expire_s)
         self._told_s: dict[tuple[PeerId, PeerId], float] = {}  # when to say again that a link fails
         self._tasks: set[asyncio.Task[None]] = set()
         self._coming = asyncio.Event()  # somebody does, or may be found elsewhere by now
@@ -168,11 +167,11 @@ class Pipeline:
                 if error.refused or now_s > heard_s + lease_s:
                     log.info("peer %s is gone: %s", peer[-8:], error)
                     return self._gone(ev.PeerGone(peer, silent=not error.refused))
-                self._miss(peer)
+                self.hearing.missed(peer, now_s)
                 await asyncio.sleep(RETRY_S / 2)
                 continue
             again, heard_s = heard_s is not None, self._clock()
-            heard_before_s = self._heard_s.get(peer)
+            heard_before_s = self.hearing.last_s(peer)
             try:
                 left = await self._listen(stream, stage, again)
             except asyncio.CancelledError:
@@ -181,9 +180,9 @@ class Pipeline:
             except LinkError as error:
                 log.info("watch stream of %s: %s", peer[-8:], error)
                 stream.abort()
-                if self._heard_s.get(peer) == heard_before_s:
+                if self.hearing.last_s(peer) == heard_before_s:
                     await asyncio.sleep(RETRY_S)  # it takes dials and says nothing: it has no room
-                heard_s = max(heard_s, self._heard_s.get(peer, heard_s))
+                heard_s = max(heard_s, self.hearing.last_s(peer) or heard_s)
                 if self._clock() > heard_s + lease_s:
                     return self._gone(ev.PeerGone(peer, silent=True))
                 continue
@@ -192,10 +191,7 @@ class Pipeline:
                 return self._gone(ev.PeerGone(peer, left=True))
 
     def _gone(self, event: ev.PeerGone) -> None:
-        self._heard_s.pop(event.peer, None)
-        self._version_of.pop(event.peer, None)
-        if not event.silent:
-            self._silent_s.pop(event.peer, None)
+        self.hearing.gone(event.peer, silent=event.silent)
         self._calls_to(event.peer).forget(event.peer)
         self.feed(event)
 
@@ -213,7 +209,7 @@ class Pipeline:
                 if self._clock() - heard_s > lease_s:
                     raise LinkError(peer, f"silent for {lease_s:.1f} s") from None
                 self._wirings[stage].suspend(peer, True)
-                self._miss(peer)
+                self.hearing.missed(peer, self._clock())
                 continue
             if frame is None:
                 return True
@@ -223,16 +219,15 @@ class Pipeline:
                 raise LinkError(peer, "malformed watch frame") from None
             match message.WhichOneof("content"):
                 case "heartbeat":
-                    heard_s = self._heard_s[peer] = self._clock()
-                    self._silent_s.pop(peer, None)
-                    self._version_of[peer] = message.heartbeat.version
-                    self._wirings[stage].suspend(peer, False)
+                    heard_s = self._clock()
+                    self.hearing.beat(stage, peer, message.heartbeat.version, heard_s)
+                    self._wirings[stage].suspend(peer, self.hearing.is_behind(peer))
                     self.throttle.heard(peer, message.heartbeat.queue)
                     echo = pb.WatchPing(
                         session=self.session,
                         echo_s=message.heartbeat.sent_at_s,
-                        silent=self._silent_mates(stage, peer),
-                        version=max(v for p, v in self._version_of.items() if self._stage_of[p] == stage),
+                        silent=self.hearing.silent_mates(peer, heard_s),
+                        version=self.hearing.newest(stage),
                     )
                     await stream.send(echo.SerializeToString())
                     if first:
@@ -254,25 +249,13 @@ class Pipeline:
                         again = False
                         self.feed(ev.PeerGone(peer, silent=True))
                     told = message.stepped
+                    self.hearing.stepped(peer, told.version)
+                    self._wirings[stage].suspend(peer, self.hearing.is_behind(peer))
                     self.feed(
                         ev.SteppedEvent(
                             stage, peer, told.version, frozenset(told.microbatches), whole=told.whole
                         )
                     )
-
-    def _miss(self, peer: PeerId) -> None:
-        """It has not been heard for a while, perhaps for so long that its mates are to know."""
-        now_s, silent_s = self._clock(), watch.SILENT_BEATS * self._config.network.heartbeat_s
-        if now_s >= self._heard_s.get(peer, now_s) + silent_s:
-            self._silent_s.setdefault(peer, now_s)
-            self._version_of.pop(peer, None)
-
-    def _silent_mates(self, stage: int, peer: PeerId) -> list[PeerId]:
-        """Others of the stage who do not say anything here; their records live on for a while."""
-        recent_s = self._clock() - self._config.network.expire_s
-        self._silent_s = {mate: since_s for mate, since_s in self._silent_s.items() if since_s > recent_s}
-        mates = [mate for mate in self._silent_s if mate != peer and self._stage_of[mate] == stage]
-        return mates[-watch.MAX_SILENT :]
 
     def _note_bad_link(self, stage: int, event: ev.HopEvent) -> None:
         """Tell the user, now and then, which peers do not reach each other: nothing else would show it."""

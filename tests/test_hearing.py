@@ -1,0 +1,44 @@
+"""What a trainer hears of its peers, alone."""
+
+from trainers.hearing import Hearing
+
+
+def make_hearing():
+    hearing = Hearing(heartbeat_s=0.5, expire_s=10.0)
+    hearing.beat(0, "a", 5, 0.0)
+    hearing.beat(0, "b", 5, 0.0)
+    hearing.beat(1, "c", 9, 0.0)
+    return hearing
+
+
+def test_a_peer_is_behind_once_its_stage_is_two_steps_further():
+    hearing = make_hearing()
+    hearing.stepped("a", 6)
+    assert not hearing.is_behind("b"), "a step has just closed"
+    hearing.stepped("a", 7)
+    assert hearing.is_behind("b") and not hearing.is_behind("a") and not hearing.is_behind("c")
+    hearing.stepped("b", 7)
+    assert not hearing.is_behind("b")
+
+
+def test_nobody_is_behind_one_that_is_not_heard_any_more():
+    hearing = make_hearing()
+    hearing.stepped("a", 9)
+    assert hearing.is_behind("b")
+    hearing.missed("a", 1.9)
+    assert hearing.is_behind("b"), "it has been silent for less than four heartbeats"
+    hearing.missed("a", 2.0)
+    assert not hearing.is_behind("b") and hearing.newest(0) == 5
+
+
+def test_mates_are_told_of_the_silent_for_as_long_as_their_record_lives():
+    hearing = make_hearing()
+    hearing.missed("a", 2.0)
+    assert hearing.silent_mates("b", 3.0) == ["a"] and hearing.silent_mates("c", 3.0) == []
+    hearing.gone("a", silent=True)
+    assert hearing.silent_mates("b", 3.0) == ["a"], "gone for its silence"
+    assert hearing.silent_mates("b", 12.1) == []
+    hearing.missed("c", 20.0)
+    hearing.gone("c", silent=False)
+    hearing.beat(1, "d", 9, 20.0)
+    assert hearing.silent_mates("d", 20.0) == [], "it has said goodbye, or refuses a dial"
