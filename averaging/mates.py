@@ -40,7 +40,7 @@ class Mates:
         self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
         self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
         self._heard_s: dict[PeerId, float] = {}  # who has answered when, and not failed to since
-        self._unanswered: set[PeerId] = set()  # who let this peer wait in vain, and has not been heard since
+        self._unanswered: set[PeerId] = set()  # who failed to answer this peer, and has not been heard since
 
     def live(self) -> list[PeerId]:
         """The peers that are not known to be dead, this one included.
@@ -66,11 +66,15 @@ class Mates:
         others, and the stage would split in two. Nor do those who have stopped, if all others are present:
         who answers neither this peer nor the witnesses, and is not heard by them, takes no step alone.
         """
-        electors, heard = set(peers).difference(self._newcomers()) or set(peers), self._witnesses.hear_this()
-        if has_quorum(present, electors, heard=heard):
+        heard = self._witnesses.hear_this()
+        if has_quorum(present, self._known(peers), heard=heard):
             return True
-        going = electors.difference(self._unanswered.intersection(self._witnesses.silent()))
+        going = self._known(set(peers) - self._unanswered.intersection(self._witnesses.silent()))
         return heard and bool(going) and going.issubset(present)
+
+    def _known(self, peers: Collection[PeerId]) -> set[PeerId]:
+        """Those whom all others know; if there are none, newcomers have to do."""
+        return set(peers).difference(self._newcomers()) or set(peers)
 
     def is_silent_elsewhere(self, peer: PeerId) -> bool:
         """Do the witnesses not hear it, either?"""
@@ -95,7 +99,7 @@ class Mates:
         """A dial failed: its peer is dead, or cannot be reached from here for now."""
         if error.peer != self._me:
             self._heard_s.pop(error.peer, None)
-            if error.silent:
+            if not error.refused:
                 self._unanswered.add(error.peer)
             suspected = self._dead_s if error.refused else self._unreachable_s
             suspected[error.peer] = asyncio.get_running_loop().time()

@@ -35,10 +35,16 @@ def test_mates_are_told_of_the_silent_for_as_long_as_their_record_lives():
     hearing = make_hearing()
     hearing.missed("a", 2.0)
     assert hearing.silent_mates("b", 3.0) == ["a"] and hearing.silent_mates("c", 3.0) == []
-    hearing.gone("a", silent=True)
-    assert hearing.silent_mates("b", 3.0) == ["a"], "gone for its silence"
+    hearing.gone("a", 3.0, left=False)
+    assert hearing.silent_mates("b", 11.9) == ["a"], "watched no more"
     assert hearing.silent_mates("b", 12.1) == []
-    hearing.missed("c", 20.0)
-    hearing.gone("c", silent=False)
-    hearing.beat(1, "d", 9, 20.0)
-    assert hearing.silent_mates("d", 20.0) == [], "it has said goodbye, or refuses a dial"
+
+
+def test_mates_are_told_of_one_that_refuses_a_dial_but_not_of_one_that_said_goodbye():
+    hearing = make_hearing()
+    hearing.gone("a", 1.0, left=False)
+    assert hearing.silent_mates("b", 1.0) == ["a"] and hearing.newest(0) == 5
+    hearing.beat(0, "a", 6, 2.0)
+    assert hearing.silent_mates("b", 2.0) == [], "it is there again"
+    hearing.gone("a", 3.0, left=True)
+    assert hearing.silent_mates("b", 3.0) == []

@@ -1,4 +1,4 @@
-"""What a trainer hears of the peers that it watches: when, how far each is, and who has fallen silent.
+"""What a trainer hears of the peers that it watches: when, how far each is, and who says nothing any more.
 
 Who is silent, or two steps or more behind its stage (it was stopped, or cut off, and has yet to load what
 its mates have become) gets no new work: it would compute with weights that the others have left behind.
@@ -20,7 +20,7 @@ class Hearing:
         self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat came
         self._stage_of: dict[PeerId, int] = {}
         self._version_of: dict[PeerId, int] = {}  # of those that are heard
-        self._silent_s: dict[PeerId, float] = {}  # since when each peer that had been heard is not
+        self._silent: dict[PeerId, tuple[int, float]] = {}  # stage, and since when it is not heard any more
 
     def __contains__(self, peer: object) -> bool:
         return peer in self._heard_s
@@ -28,7 +28,7 @@ class Hearing:
     def beat(self, stage: int, peer: PeerId, version: int, now_s: float) -> None:
         """A heartbeat of `peer` has come."""
         self._heard_s[peer], self._stage_of[peer], self._version_of[peer] = now_s, stage, version
-        self._silent_s.pop(peer, None)
+        self._silent.pop(peer, None)
 
     def stepped(self, peer: PeerId, version: int) -> None:
         """`peer` says that it is at `version` now."""
@@ -38,15 +38,21 @@ class Hearing:
     def missed(self, peer: PeerId, now_s: float) -> None:
         """`peer` has not been heard for a while, perhaps for so long that its mates are to know."""
         if now_s >= self._heard_s.get(peer, now_s) + self._silent_after_s:
-            self._silent_s.setdefault(peer, now_s)
+            self._fall_silent(peer, now_s)
             self._version_of.pop(peer, None)
 
-    def gone(self, peer: PeerId, *, silent: bool) -> None:
-        """`peer` is watched no more; that it fell silent is remembered."""
-        self._heard_s.pop(peer, None)
-        self._version_of.pop(peer, None)
-        if not silent:
-            self._silent_s.pop(peer, None)
+    def gone(self, peer: PeerId, now_s: float, *, left: bool) -> None:
+        """`peer` is watched no more; its mates are told of that, unless it said goodbye."""
+        if left:
+            self._silent.pop(peer, None)
+        else:
+            self._fall_silent(peer, now_s)
+        for known in (self._heard_s, self._stage_of, self._version_of):
+            known.pop(peer, None)
+
+    def _fall_silent(self, peer: PeerId, now_s: float) -> None:
+        if peer in self._stage_of:  # else it was never heard
+            self._silent.setdefault(peer, (self._stage_of[peer], now_s))
 
     def last_s(self, peer: PeerId) -> float | None:
         """When the newest heartbeat of `peer` came."""
@@ -63,7 +69,7 @@ class Hearing:
 
     def silent_mates(self, peer: PeerId, now_s: float) -> list[PeerId]:
         """Others of its stage who do not say anything here."""
-        recent_s, stage = now_s - self._expire_s, self._stage_of[peer]
-        self._silent_s = {mate: since_s for mate, since_s in self._silent_s.items() if since_s > recent_s}
-        mates = [mate for mate in self._silent_s if mate != peer and self._stage_of[mate] == stage]
+        recent_s, own = now_s - self._expire_s, self._stage_of[peer]
+        self._silent = {p: (stage, at_s) for p, (stage, at_s) in self._silent.items() if at_s > recent_s}
+        mates = [mate for mate, (stage, _) in self._silent.items() if stage == own and mate != peer]
         return mates[-watch.MAX_SILENT :]

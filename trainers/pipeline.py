@@ -191,7 +191,7 @@ class Pipeline:
                 return self._gone(ev.PeerGone(peer, left=True))
 
     def _gone(self, event: ev.PeerGone) -> None:
-        self.hearing.gone(event.peer, silent=event.silent)
+        self.hearing.gone(event.peer, self._clock(), left=event.left)
         self._calls_to(event.peer).forget(event.peer)
         self.feed(event)
 
