@@ -180,6 +180,8 @@ class Coordinator:
             await self._linger(stream)
         except (LinkError, ProtocolError) as error:
             log.debug("a reporter left: %s", error)
+            if isinstance(error, LinkError) and error.silent:
+                self._mates.suspect(error)
             stream.abort()
         finally:
             if ballot is not None and ballot.streams.get(peer) is stream:

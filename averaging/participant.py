@@ -433,24 +433,26 @@ class Participant:
         return not undecided or (not self._rules.strict and self.mates.has_quorum(promised, plan.bringers))
 
     async def _ask_all(self, peers: Collection[PeerId], plan: Plan) -> dict[PeerId, pb.StepInfo]:
-        """What they know of the plan; once there are enough answers, the others have little time left."""
+        """What they know of the plan; once there are enough answers, the others have little time left.
+
+        Likewise if the rest have stopped, which may show only while they are asked.
+        """
         asked = {asyncio.create_task(self._ask(peer, plan)): peer for peer in peers}
         answers: dict[PeerId, pb.StepInfo] = {}
-        waiting, limit_s = set(asked), None
-        if all(map(self.mates.is_silent_elsewhere, peers)):  # they have stopped: do not wait for an answer
-            limit_s = VERDICT_PAUSE_S
+        waiting = set(asked)
         try:
             while waiting:
                 done, waiting = await asyncio.wait(
-                    waiting, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+                    waiting, timeout=VERDICT_PAUSE_S, return_when=asyncio.FIRST_COMPLETED
                 )
-                if not done:
-                    break
                 for task in done:
                     if (answer := task.result()) is not None:
                         answers[asked[task]] = answer
-                if self._is_enough(plan, [peer for peer in peers if peer not in answers]):
-                    limit_s = VERDICT_PAUSE_S
+                rest = [peer for peer in peers if peer not in answers]
+                if not done and (
+                    self._is_enough(plan, rest) or all(map(self.mates.is_silent_elsewhere, rest))
+                ):
+                    break
         finally:
             for task in waiting:
                 task.cancel()
