@@ -329,13 +329,16 @@ class Schedule:
     def gone_with_its_peers(self, stage: int) -> set[bytes]:
         """What a stage may have taken in and have no more: if it was lost, the steps since the archive's.
 
-        If a mover turns up with a newer state, instead those that newcomers have taken from the archive's.
+        If a mover turned up with a newer state, instead those that newcomers had taken from the archive's.
         """
-        lost_s = self.turns_up.get(stage, float("inf"))
+        lost_s, sim = self.turns_up.get(stage, float("inf")), self.sim
+        brought = self.lost[stage].intersection(sim.steps_to(sim.newest(stage)))
         meanwhile = {
-            n for n, at_s in self.born_s.items() if n[0] == stage and 0 <= at_s - lost_s < TURNS_UP_S
+            node
+            for node, at_s in self.born_s.items()
+            if node[0] == stage and 0 <= at_s - lost_s < TURNS_UP_S and brought.difference(sim.steps_to(node))
         }
-        return {m for node in self.lost[stage] | meanwhile for m, _ in self.sim.contents[node]}
+        return {m for node in self.lost[stage] | meanwhile for m, _ in sim.contents[node]}
 
 
 def stays(peer: SimPeer | SimVolunteer) -> bool:

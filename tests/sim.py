@@ -245,15 +245,23 @@ class Sim:
 
         What only dead peers had applied is not in it: it had to be computed again.
         """
+        nodes = self.steps_to(self.newest(stage))
+        return [gradient for node in nodes for gradient in sorted(self.contents[node])]
+
+    def newest(self, stage: int) -> Node:
+        """The state of the living peer of a stage that is furthest."""
         living = [p.peer for p in self.peers.values() if p.stage == stage and hasattr(p.peer, "updater")]
         newest = max(living, key=lambda peer: peer.stage.version)
-        node: Node | None = (stage, newest.stage.version, newest.stage.hash())
-        found: list[tuple[bytes, PeerId]] = []
+        return (stage, newest.stage.version, newest.stage.hash())
+
+    def steps_to(self, node: Node) -> list[Node]:
+        """The states on the way to this one, itself first, without the initial one."""
+        steps = []
         while node in self.parent:
-            found += sorted(self.contents[node])
+            steps.append(node)
             node = self.parent[node]
-        assert node is not None and node[1] == 0, f"the history of stage {stage} breaks off at {node}"
-        return found
+        assert node[1] == 0, f"the history of stage {node[0]} breaks off at {node}"
+        return steps
 
     def _peer_ended(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

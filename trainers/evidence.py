@@ -1,8 +1,8 @@
 """What the live peers of one stage say their steps contain: the evidence by which a hop is done.
 
 A gradient that a peer has accumulated may still be lost with it. Once it is in the state of every live
-peer of the stage it cannot be: whoever joins loads that state. A peer that its stage has left behind is like
-one that joins: it will load such a state, too, and nobody waits until it has.
+peer of the stage it cannot be: whoever joins loads that state. A peer that its stage has left far behind is
+like one that joins: it will load such a state, too, and nobody waits until it has.
 
 Pure.
 """
@@ -12,13 +12,11 @@ from collections.abc import Collection
 
 from averaging.network import PeerId
 
-MOST_BEHIND = 1  # steps: so far are all but the first, whenever a step closes
-
 
 class Evidence:
     """Versions of one stage's live peers, and which of our microbatches their states hold."""
 
-    def __init__(self, *, most_behind: int | None = MOST_BEHIND) -> None:
+    def __init__(self, *, most_behind: int | None) -> None:
         """Who is more than `most_behind` steps behind is left behind; nobody with None."""
         self._most_behind = most_behind
         self.newest = 0  # the step that the stage is about to close

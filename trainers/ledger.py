@@ -44,7 +44,7 @@ from trainers.events import (
     Tick,
     WatchBroke,
 )
-from trainers.evidence import MOST_BEHIND, Evidence
+from trainers.evidence import Evidence
 from trainers.flight import Flight, Hop, Phase
 from trainers.routes import Router
 
@@ -65,9 +65,11 @@ class Ledger:
         hop_deadline_s: float,
         retain_until_step: bool,
         verdict_s: float = 10.0,
+        most_behind: int = 4,
         strict: bool = False,
     ) -> None:
-        """`verdict_s`: how long a step may take to close around a member that has fallen silent."""
+        """`verdict_s`: how long a step may take to close around a member that has fallen silent;
+        `most_behind`: steps that a peer may be behind its stage and still be waited for."""
         self._verdict_s = verdict_s
         self._wirings = wirings
         self._hop_deadline_s, self._retain, self._strict = hop_deadline_s, retain_until_step, strict
@@ -79,8 +81,7 @@ class Ledger:
         self._stage_of: dict[PeerId, int] = {}
         self._freed_s: dict[PeerId, float] = {}  # when each was last done with a hop of ours
         # Strict: what a step contains is not to be lost with those who took it, even if all of these go.
-        most_behind = None if strict else MOST_BEHIND
-        self._evidence = [Evidence(most_behind=most_behind) for _ in wirings]
+        self._evidence = [Evidence(most_behind=None if strict else most_behind) for _ in wirings]
         self._recovering: dict[PeerId, tuple[float, set[tuple[bytes, int]], int]] = {}
         self.counters: Counter[str] = Counter()
         self._router = Router(
