@@ -63,17 +63,17 @@ class Mates:
         """May those who are present act without the rest of `peers`?
 
         Newcomers do not count: with one that only they know, some would be a majority beside that of the
-        others, and the stage would split in two. Nor do those who have stopped, if all others are present:
-        who answers neither this peer nor the witnesses, and is not heard by them, takes no step alone.
+        others, and the stage would split in two. Only if there is nobody else they have to do. Nor do those
+        count who have stopped, if all others are present: who does not answer this peer, and is not heard by
+        the witnesses, takes no step alone.
         """
         heard = self._witnesses.hear_this()
-        if has_quorum(present, self._known(peers), heard=heard):
+        if has_quorum(present, self._electors(peers), heard=heard):
             return True
-        going = self._known(set(peers) - self._unanswered.intersection(self._witnesses.silent()))
+        going = self._electors(set(peers) - self._unanswered.intersection(self._witnesses.silent()))
         return heard and bool(going) and going.issubset(present)
 
-    def _known(self, peers: Collection[PeerId]) -> set[PeerId]:
-        """Those whom all others know; if there are none, newcomers have to do."""
+    def _electors(self, peers: Collection[PeerId]) -> set[PeerId]:
         return set(peers).difference(self._newcomers()) or set(peers)
 
     def is_silent_elsewhere(self, peer: PeerId) -> bool:

@@ -132,6 +132,8 @@ class MemoryHub:
     fate: Callable[[PeerId, PeerId, str, bool], Fate] = field(
         default=lambda a, b, service, request: "deliver"
     )
+    # Is it certain for the first that a dead second does not run any more, once it has dialled it?
+    is_proof: Callable[[PeerId, PeerId], bool] = field(default=lambda source, target: True)
     dead: set[PeerId] = field(default_factory=set)
     hung: set[PeerId] = field(default_factory=set)
     cut: set[frozenset[PeerId]] = field(default_factory=set)
@@ -269,7 +271,7 @@ class MemoryHub:
             await asyncio.sleep(0.05)
         network = self._networks.get(target)
         if network is None:
-            raise LinkError(target, "nobody is there", refused=True)
+            raise LinkError(target, "nobody is there", refused=self.is_proof(source, target))
         if service not in network.services:
             raise LinkError(target, f"does not serve {service!r}")
         near, far = self._pair(source, network, service, max_payload_bytes)

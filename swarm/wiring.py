@@ -34,7 +34,7 @@ class StageWiring:
     _banned_until_s: dict[PeerId, float] = field(default_factory=dict, init=False)
     _failures: dict[PeerId, int] = field(default_factory=dict, init=False)
     _bad_links: dict[tuple[PeerId, PeerId], float] = field(default_factory=dict, init=False)
-    suspended: set[PeerId] = field(default_factory=set, init=False)  # silent: to get no new work
+    suspended: set[PeerId] = field(default_factory=set, init=False)  # silent, or behind: to get no new work
 
     def __contains__(self, peer: object) -> bool:
         return peer in self._clock_s
@@ -71,7 +71,7 @@ class StageWiring:
         self._bad_links[source, target] = now_s + 10 * BACKOFF_S
 
     def suspend(self, peer: PeerId, suspended: bool) -> None:
-        """Give a silent peer no new work, without forgetting it."""
+        """Give a peer that is silent or behind no new work, without forgetting it."""
         (self.suspended.add if suspended else self.suspended.discard)(peer)
 
     def choose(

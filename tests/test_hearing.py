@@ -13,22 +13,35 @@ def make_hearing():
 
 def test_a_peer_is_behind_once_its_stage_is_two_steps_further():
     hearing = make_hearing()
-    hearing.stepped("a", 6)
+    hearing.beat(0, "a", 6, 0.5)
     assert not hearing.is_behind("b"), "a step has just closed"
-    hearing.stepped("a", 7)
+    hearing.beat(0, "a", 7, 1.0)
     assert hearing.is_behind("b") and not hearing.is_behind("a") and not hearing.is_behind("c")
-    hearing.stepped("b", 7)
+    hearing.beat(0, "b", 7, 1.5)
     assert not hearing.is_behind("b")
+
+
+def test_nobody_is_behind_because_one_of_several_says_so():
+    hearing = make_hearing()
+    hearing.beat(0, "d", 5, 0.0)
+    hearing.beat(0, "a", 1000, 0.5)
+    assert not hearing.is_behind("b") and not hearing.is_behind("d")
+    hearing.beat(0, "d", 1000, 0.5)
+    assert hearing.is_behind("b")
 
 
 def test_nobody_is_behind_one_that_is_not_heard_any_more():
     hearing = make_hearing()
-    hearing.stepped("a", 9)
+    hearing.beat(0, "a", 9, 0.5)
     assert hearing.is_behind("b")
-    hearing.missed("a", 1.9)
+    hearing.missed("a", 2.4)
     assert hearing.is_behind("b"), "it has been silent for less than four heartbeats"
-    hearing.missed("a", 2.0)
+    hearing.missed("a", 2.5)
     assert not hearing.is_behind("b") and hearing.newest(0) == 5
+    hearing.beat(0, "a", 9, 3.0)
+    assert hearing.is_behind("b")
+    hearing.gone("a", 4.0, left=True)
+    assert not hearing.is_behind("b")
 
 
 def test_mates_are_told_of_the_silent_for_as_long_as_their_record_lives():

@@ -444,30 +444,3 @@ def test_a_gradient_that_its_peer_gave_up_is_computed_again_when_the_state_that_
     commands += ledger.handle(SteppedEvent(2, gave_up, 2, frozenset()), 4.0)
     assert [c for c in commands if isinstance(c, Resend)], "nobody has it any more"
     assert ledger.unsettled == 1 and ledger.in_flight == 1
-
-
-def left_behind(ledger):
-    """Somebody of stage 0 counts a microbatch and leaves its mate far behind; returns what comes of that."""
-    route = issue(ledger)
-    carry(ledger, route)
-    commands = []
-    for stage in (1, 2):
-        for peer in (f"{stage}a", f"{stage}b"):
-            commands += ledger.handle(SteppedEvent(stage, peer, 1, frozenset((M,))), 2.0)
-    commands += ledger.handle(SteppedEvent(0, route.peers[0], 1, frozenset((M,))), 2.0)
-    commands += ledger.handle(SteppedEvent(0, route.peers[0], 4, frozenset()), 3.0)
-    assert ledger.unsettled == 1, "its mate may be about to take the step"
-    return commands + ledger.handle(SteppedEvent(0, route.peers[0], 5, frozenset()), 3.0)
-
-
-def test_nobody_waits_for_a_peer_that_its_stage_has_left_behind():
-    """It was stopped, and will load a state; as long as that takes, all that is new would pile up."""
-    ledger = make_ledger(retain_until_step=True)
-    assert [c for c in left_behind(ledger) if isinstance(c, Release)]
-    assert ledger.unsettled == 0 and ledger.floor(0) == 5
-
-
-def test_in_a_strict_run_a_step_counts_as_safe_only_with_all_who_live():
-    ledger = make_ledger(retain_until_step=True, strict=True)
-    assert not [c for c in left_behind(ledger) if isinstance(c, Release)]
-    assert ledger.unsettled == 1 and ledger.floor(0) == 0

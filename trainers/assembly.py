@@ -32,7 +32,6 @@ def ledger_of(
         hop_deadline_s=config.pipeline.hop_deadline_s,
         retain_until_step=config.retains_until_step,
         verdict_s=VERDICT_DEADLINES * config.averaging.progress_deadline_s,
-        most_behind=config.training.max_staleness,
         strict=strict,
     )
 

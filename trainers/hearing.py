@@ -1,10 +1,14 @@
 """What a trainer hears of the peers that it watches: when, how far each is, and who says nothing any more.
 
-Who is silent, or two steps or more behind its stage (it was stopped, or cut off, and has yet to load what
-its mates have become) gets no new work: it would compute with weights that the others have left behind.
+A peer that was stopped, or cut off, is behind its stage until it has loaded what its mates have become. What
+it computed meanwhile, it would compute with weights that the others have left behind: it is given nothing,
+as if it were joining. A version is what a peer claims: it takes more than half of its mates to leave it
+behind, and in a stage of two the other one.
 
 Pure.
 """
+
+from collections import Counter, defaultdict
 
 from averaging.network import PeerId
 from swarm import watch
@@ -21,6 +25,9 @@ class Hearing:
         self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat came
         self._stage_of: dict[PeerId, int] = {}
         self._version_of: dict[PeerId, int] = {}  # of those that are heard
+        self._versions: defaultdict[int, Counter[int]] = defaultdict(
+            Counter
+        )  # how many are at each, by stage
         self._silent: dict[PeerId, tuple[int, float]] = {}  # stage, and since when it is not heard any more
 
     def __contains__(self, peer: object) -> bool:
@@ -28,32 +35,36 @@ class Hearing:
 
     def beat(self, stage: int, peer: PeerId, version: int, now_s: float) -> None:
         """A heartbeat of `peer` has come."""
+        self._forget_version(peer)
         self._heard_s[peer], self._stage_of[peer], self._version_of[peer] = now_s, stage, version
+        self._versions[stage][version] += 1
         self._silent.pop(peer, None)
-
-    def stepped(self, peer: PeerId, version: int) -> None:
-        """`peer` says that it is at `version` now."""
-        if peer in self._version_of:
-            self._version_of[peer] = version
 
     def missed(self, peer: PeerId, now_s: float) -> None:
         """`peer` has not been heard for a while, perhaps for so long that its mates are to know."""
         if now_s >= self._heard_s.get(peer, now_s) + self._silent_after_s:
             self._fall_silent(peer, now_s)
-            self._version_of.pop(peer, None)
 
     def gone(self, peer: PeerId, now_s: float, *, left: bool) -> None:
         """`peer` is watched no more; its mates are told of that, unless it said goodbye."""
+        self._fall_silent(peer, now_s)
         if left:
             self._silent.pop(peer, None)
-        else:
-            self._fall_silent(peer, now_s)
-        for known in (self._heard_s, self._stage_of, self._version_of):
-            known.pop(peer, None)
+        self._heard_s.pop(peer, None)
+        self._stage_of.pop(peer, None)
 
     def _fall_silent(self, peer: PeerId, now_s: float) -> None:
         if peer in self._stage_of:  # else it was never heard
+            self._forget_version(peer)
             self._silent.setdefault(peer, (self._stage_of[peer], now_s))
+
+    def _forget_version(self, peer: PeerId) -> None:
+        version = self._version_of.pop(peer, None)
+        if version is not None:
+            versions = self._versions[self._stage_of[peer]]
+            versions[version] -= 1
+            if not versions[version]:
+                del versions[version]
 
     def last_s(self, peer: PeerId) -> float | None:
         """When the newest heartbeat of `peer` came."""
@@ -61,12 +72,13 @@ class Hearing:
 
     def newest(self, stage: int) -> int:
         """The version of the peer of `stage` that is furthest."""
-        return max((v for p, v in self._version_of.items() if self._stage_of[p] == stage), default=0)
+        return max(self._versions[stage], default=0)
 
     def is_behind(self, peer: PeerId) -> bool:
-        """Has the stage of `peer` left it behind?"""
-        version = self._version_of.get(peer)
-        return version is not None and self.newest(self._stage_of[peer]) - version > MOST_BEHIND
+        """Has its stage left behind a peer that is heard?"""
+        versions, own = self._versions[self._stage_of[peer]], self._version_of[peer]
+        ahead = sum(count for version, count in versions.items() if version > own + MOST_BEHIND)
+        return 2 * ahead > versions.total() - 1
 
     def silent_mates(self, peer: PeerId, now_s: float) -> list[PeerId]:
         """Others of its stage who do not say anything here."""

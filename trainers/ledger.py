@@ -65,11 +65,9 @@ class Ledger:
         hop_deadline_s: float,
         retain_until_step: bool,
         verdict_s: float = 10.0,
-        most_behind: int = 4,
         strict: bool = False,
     ) -> None:
-        """`verdict_s`: how long a step may take to close around a member that has fallen silent;
-        `most_behind`: steps that a peer may be behind its stage and still be waited for."""
+        """`verdict_s`: how long a step may take to close around a member that has fallen silent."""
         self._verdict_s = verdict_s
         self._wirings = wirings
         self._hop_deadline_s, self._retain, self._strict = hop_deadline_s, retain_until_step, strict
@@ -80,8 +78,7 @@ class Ledger:
         self._awaiting: dict[bytes, None] = {}  # in order: those that may have a hop that awaits a verdict
         self._stage_of: dict[PeerId, int] = {}
         self._freed_s: dict[PeerId, float] = {}  # when each was last done with a hop of ours
-        # Strict: what a step contains is not to be lost with those who took it, even if all of these go.
-        self._evidence = [Evidence(most_behind=None if strict else most_behind) for _ in wirings]
+        self._evidence = [Evidence() for _ in wirings]
         self._recovering: dict[PeerId, tuple[float, set[tuple[bytes, int]], int]] = {}
         self.counters: Counter[str] = Counter()
         self._router = Router(
@@ -120,7 +117,7 @@ class Ledger:
         return len(self._wirings[stage])
 
     def floor(self, stage: int) -> int:
-        """The version of `stage`, as the last of its live peers that keep up has it (0 without peers)."""
+        """The version that every live peer of `stage` has reached (0 without peers)."""
         return self._evidence[stage].floor
 
     @property
@@ -501,7 +498,7 @@ class Ledger:
         if event.whole:
             evidence.replaced(event.peer, event.version)
         newest = evidence.newest
-        left_behind = evidence.reached(event.peer, event.version)
+        evidence.reached(event.peer, event.version)
         commands: list[Command] = []
         ours = sorted(event.microbatches & self._flights.keys())
         evidence.holds(event.peer, event.version - 1, ours)
@@ -509,7 +506,7 @@ class Ledger:
             flight = self._flights[microbatch]
             if flight.hops[stage].phase < Phase.ACCUMULATED or flight.hops[stage].awaits_verdict:
                 commands += self._inside(flight, stage, event.peer, event.version - 1, now_s)
-        if event.whole or left_behind:
+        if event.whole:
             return commands + self._settle(stage, now_s)
         known = [microbatch for microbatch in ours if microbatch in self._flights]
         for microbatch in evidence.safe_ones(known):  # of others it says nothing
@@ -542,7 +539,7 @@ class Ledger:
         return commands + self._judge_all(now_s, stage)
 
     def _settle_hop(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
-        """Settle an accumulated hop once it is safe: the states of its stage's live peers hold it."""
+        """Settle an accumulated hop once the state of every live peer of its stage holds it."""
         hop, evidence = flight.hops[stage], self._evidence[stage]
         if hop.phase is not Phase.ACCUMULATED:
             return []

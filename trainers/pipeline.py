@@ -221,7 +221,8 @@ class Pipeline:
                 case "heartbeat":
                     heard_s = self._clock()
                     self.hearing.beat(stage, peer, message.heartbeat.version, heard_s)
-                    self._wirings[stage].suspend(peer, self.hearing.is_behind(peer))
+                    is_behind = self.hearing.is_behind(peer)
+                    self._wirings[stage].suspend(peer, is_behind)
                     self.throttle.heard(peer, message.heartbeat.queue)
                     echo = pb.WatchPing(
                         session=self.session,
@@ -230,7 +231,8 @@ class Pipeline:
                         version=self.hearing.newest(stage),
                     )
                     await stream.send(echo.SerializeToString())
-                    if first:
+                    # Who comes back behind its stage is loading: nobody waits until its state holds more.
+                    if first and (peer in self.ledger.peers or not is_behind):
                         first = False
                         self.feed(ev.PeerReady(stage, peer, message.heartbeat.version))
                         if again:
@@ -249,8 +251,6 @@ class Pipeline:
                         again = False
                         self.feed(ev.PeerGone(peer, silent=True))
                     told = message.stepped
-                    self.hearing.stepped(peer, told.version)
-                    self._wirings[stage].suspend(peer, self.hearing.is_behind(peer))
                     self.feed(
                         ev.SteppedEvent(
                             stage, peer, told.version, frozenset(told.microbatches), whole=told.whole
