@@ -166,7 +166,10 @@ class VirtualTimeLoop(asyncio.AbstractEventLoop):
     def run_until_complete(self, future: Any) -> Any:
         task = asyncio.ensure_future(future, loop=self)
         task.add_done_callback(self._stop_after)
-        self.run_forever()
+        try:
+            self.run_forever()
+        finally:
+            task.remove_done_callback(self._stop_after)
         return task.result()
 
     def _stop_after(self, done: asyncio.Future[Any]) -> None:

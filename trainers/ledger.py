@@ -339,8 +339,8 @@ class Ledger:
         flight.completed = False
 
     def _release(self, flight: Flight) -> list[Command]:
-        peers = [p for p in flight.touched if p in self._stage_of]
-        return [Release(peer, (flight.id,)) for peer in sorted(peers)]
+        # Who was gone may be back, and have found this in its mail, before it is ready for work.
+        return [Release(peer, (flight.id,)) for peer in sorted(flight.touched)]
 
     def _dropped(self, flight: Flight, stage: int, event: HopEvent, now_s: float) -> list[Command]:
         if event.status == pb.CLOSED:  # strict: the step was closed with this microbatch in it
