@@ -93,6 +93,7 @@ class HopJobs:
         assert hop.input is not None and hop.input_push is not None
         self._counters["recomputed"] += 1
         x = decode(hop.route.trainer, hop.input_push, hop.input)
+        hop.version = self._stage.version
         _, graph = self._stage.forward(x, keep_graph=True, step=self._step_of(hop))
         assert graph is not None
         return graph
@@ -120,7 +121,7 @@ class HopJobs:
         else:
             hop.step = self._stage.accumulate(hop.route.microbatch, gradients, hop.push.token_count)
             hop.counted = True
-            self._counters["staleness"] += max(0, hop.step - hop.version)
+            self._counters["steps_behind"] += max(0, hop.step - hop.version)
         # Here, not on the event loop: a cancel that comes next must find what is already true.
         hop.phase = Phase.ACCUMULATED
 

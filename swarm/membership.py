@@ -41,6 +41,7 @@ class Membership:
         self._entered_s, self._came_to_others = float("inf"), False
         self.loading = False  # announced only for others who look for a stage
         self.kept = 0  # the version of the state that a newcomer has on its disk
+        self._back_s = float("-inf")  # when this peer last caught up
         self.coming: dict[PeerId, int] = {}  # newcomers of the stage, and what they have
         self.heading: int | None = None  # the stage that this peer is about to move to
         self.fixed = own.fixed
@@ -55,7 +56,13 @@ class Membership:
         """Those, perhaps this peer, that some of the others may not have on their rosters yet."""
         recent_s = asyncio.get_running_loop().time() - KNOWN_PERIODS * self._period_s
         found = [peer for peer, at_s in self._first_s.items() if at_s > max(recent_s, self._entered_s)]
-        return [self._own.peer, *found] if self._came_to_others and self._entered_s > recent_s else found
+        is_new = (self._came_to_others and self._entered_s > recent_s) or self._back_s > recent_s
+        return [self._own.peer, *found] if is_new else found
+
+    def come_back(self) -> None:
+        """This peer had been left behind, and has caught up. Others may close a step without it as yet: what
+        they know of it may be older."""
+        self._back_s = asyncio.get_running_loop().time()
 
     async def enter(self) -> None:
         """Be found from now on; tried until it succeeds."""

@@ -36,6 +36,7 @@ TABLE = {
     "speed/predicted_tokens_per_s": "what the devices of the weakest stage could compute",
     "pipeline/in_flight": "microbatches under way",
     "pipeline/rerouted_hops": "hops given to another peer, cumulative",
+    "pipeline/staleness_steps": "steps that a gradient's weights are behind the step it counts in, mean",
     "swarm/peers": "peers that report",
     "swarm/kills": "peers killed by --chaos, cumulative",
     "wire/activation_bytes": "received by peers in forward pushes, cumulative",

@@ -178,6 +178,7 @@ class Monitor:
                 int(v.get("in_flight", 0)) for v in self._of("trainer", fresh=True).values()
             ),
             "pipeline/rerouted_hops": trainers["rerouted_hops"],
+            "pipeline/staleness_steps": _staleness(peers),
             "swarm/peers": len(self._of("peer", fresh=True)),
             "swarm/kills": kills,
             "wire/activation_bytes": peers["activation_bytes"],
@@ -257,6 +258,7 @@ class Monitor:
                 "gradients": peers["gradient_bytes"],
                 "averaging": peers["averaging_bytes"],
             },
+            "staleness_steps": _staleness(peers),
             "drifted_states": self.drift,
             "evaluations": evaluations,
             "seconds": round(time.time() - self._began, 1),
@@ -316,3 +318,8 @@ class Monitor:
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, int]:
     return {k: v for k, v in values.items() if isinstance(v, int) and not isinstance(v, bool)}
+
+
+def _staleness(peers: Counter[str]) -> float:
+    """Steps that the weights of a gradient are behind the step it counts in; on average, so far."""
+    return round(peers["steps_behind"] / max(1, peers["microbatches"]), 3)

@@ -395,19 +395,22 @@ class Peer:
         drifted = error is not None and error.version is None
         try:
             if not drifted and await self._loader.follow():
-                self._holdings.reached()
-                return True
+                return self._caught_up()
             if not self._living():  # else not now: reading takes long while peers have stopped
                 await self.membership.read()
             if await self._loader.load(self._living(), at_least=self.stage.version):
-                self._holdings.reached()
-                return True
+                return self._caught_up()
             await self.membership.read()
             log.info("nobody gives a state of stage %d for now", self._stage_number)
         except AveragingError as trouble:
             log.info("no state of stage %d for now: %s", self._stage_number, trouble)
         await asyncio.sleep(REFETCH_PAUSE_S)
         return False
+
+    def _caught_up(self) -> bool:
+        self._holdings.reached()
+        self.membership.come_back()
+        return True
 
     def _donors(self) -> Sequence[PeerId]:
         """Who may have a state, the newest first, the rest in no order: not all newcomers ask the same."""

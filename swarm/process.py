@@ -121,10 +121,11 @@ def run_until_signal(main: Coroutine[Any, Any, int]) -> int:
         return runner.run(guarded())
 
 
-def set_up_logging(name: str, *, verbose: bool, file: Path | None = None) -> None:
-    """Log lines to stderr, or to `file`."""
+def set_up_logging(name: str, *, verbose: bool) -> None:
+    """Log lines to stderr."""
     level = logging.DEBUG if verbose else logging.INFO
-    handler: logging.Handler = logging.FileHandler(file) if file else logging.StreamHandler()
+    handler = logging.StreamHandler()
+    handler.addFilter(_is_news)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for package in ("swarm", "averaging", "trainers"):
@@ -132,3 +133,8 @@ def set_up_logging(name: str, *, verbose: bool, file: Path | None = None) -> Non
     hivemind = logging.getLogger("hivemind")  # it installs a handler of its own on import
     hivemind.handlers, hivemind.propagate = [], True
     hivemind.setLevel(logging.ERROR)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what the engine's daemon says of its own end: `watch_daemon` does, if that was not wanted."""
+    return "use of closed network connection" not in record.getMessage()

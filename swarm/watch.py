@@ -29,7 +29,8 @@ from swarm.config import NetworkConfig
 
 SERVICE = "watch"
 GOODBYE_S, LOOK_S = 1.0, 0.01
-SILENT_BEATS = 4  # heartbeats that a trainer misses before it gives a peer no more work, and tells its mates
+QUIET_BEATS = 2  # heartbeats that a trainer misses before it gives a peer no more work for now
+SILENT_BEATS = 4  # ... and before it tells the peer's mates
 MAX_SILENT = 64  # mates, in one ping
 MAX_EVENTS = 20_000  # for a trainer that does not read: its session ends
 MAX_SESSIONS, SESSIONS_EACH = 64, 4

@@ -177,8 +177,9 @@ def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes
     resumed = processes.folder / "1.log"
     until(lambda: "it lives: 4 peers, 1 trainers" in resumed.read_text(), 60, "it finds its run again")
     assert members() >= 5
-    organizing.send_signal(signal.SIGINT)
+    os.killpg(organizing.pid, signal.SIGINT)  # as a terminal does: the daemon gets it, too
     organizing.wait(30)
+    assert " ERROR " not in resumed.read_text(), "an end that was asked for is no error"
     until(lambda: members() == 0, 10, "every process of the run has ended, whoever started it")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] >= 2 and (run / "loss.png").exists()

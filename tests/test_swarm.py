@@ -83,6 +83,23 @@ def test_hops_wait_for_a_step_but_not_for_one_that_a_stopped_member_holds_up(str
     simulate(test, "training.delayed_updates=false", f"training.strict={strict}")
 
 
+@pytest.mark.parametrize(
+    ("settings", "least", "most"),
+    [
+        (("training.strict=true", "training.delayed_updates=false"), 0.0, 0.0),
+        (("training.delayed_updates=false", "averaging.progress_deadline_s=6"), 0.0, 0.5),
+        (("training.delayed_updates=true",), 0.2, 2.0),
+    ],
+)
+def test_peers_count_how_many_steps_behind_their_gradients_are(settings, least, most):
+    async def test(sim):
+        await train(sim, 100)
+        counted = sum((Counter(p.peer.counters) for p in sim.peers.values()), Counter())
+        assert least <= counted["steps_behind"] / counted["microbatches"] <= most
+
+    simulate(test, *settings)
+
+
 def test_bytes_retained_until_the_microbatch_are_released_with_it():
     async def test(sim):
         await train(sim, 30)

@@ -14,6 +14,7 @@ from averaging.network import PeerId
 from swarm import watch
 
 MOST_BEHIND = 1  # steps: so far are all but the first, whenever a step closes
+ROUNDING_S = 1e-6  # of timers that are added up
 
 
 class Hearing:
@@ -21,7 +22,8 @@ class Hearing:
 
     def __init__(self, *, heartbeat_s: float, expire_s: float) -> None:
         """`expire_s`: so long a silent peer's record lives on, and its mates are told."""
-        self._silent_after_s, self._expire_s = watch.SILENT_BEATS * heartbeat_s, expire_s
+        self._silent_after_s = watch.SILENT_BEATS * heartbeat_s - ROUNDING_S
+        self._expire_s = expire_s
         self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat came
         self._stage_of: dict[PeerId, int] = {}
         self._version_of: dict[PeerId, int] = {}  # of those that are heard

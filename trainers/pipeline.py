@@ -203,7 +203,7 @@ class Pipeline:
         await stream.send(pb.WatchPing(session=self.session, fresh=not again).SerializeToString())
         while True:
             try:
-                async with asyncio.timeout(watch.SILENT_BEATS * beat_s):
+                async with asyncio.timeout(watch.QUIET_BEATS * beat_s):
                     frame = await stream.receive()
             except TimeoutError:
                 if self._clock() - heard_s > lease_s:

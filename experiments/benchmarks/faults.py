@@ -299,6 +299,7 @@ def _row(name: str, run: Minutes, summary: dict[str, Any], all_: dict[str, dict[
         "loss at equal tokens": loss_at(evaluations, tokens),
         "tokens": tokens,
         "steps": summary["steps"],
+        "staleness": summary["staleness_steps"],
         "rerouted": microbatches["rerouted_hops"],
         "lost": microbatches["lost"],
         "drifted": summary["drifted_states"],

@@ -11,7 +11,7 @@ from averaging.network import PeerId
 from swarm import swarm_pb2 as pb
 from swarm.config import RunConfig
 from swarm.messages import Route
-from swarm.watch import SILENT_BEATS
+from swarm.watch import QUIET_BEATS
 from trainers import events as ev
 from trainers.simulation.events import Events
 from trainers.simulation.feeder import Feeder
@@ -92,8 +92,8 @@ class World:
             if left:
                 self.events.after(self.latency_s, partial(trainer.gone, ev.PeerGone(server.name, left=True)))
                 continue
-            silent_s = SILENT_BEATS * network.heartbeat_s
-            self.events.after(silent_s, partial(trainer.suspect, server.stage, server.name))
+            quiet_s = QUIET_BEATS * network.heartbeat_s
+            self.events.after(quiet_s, partial(trainer.suspect, server.stage, server.name))
             gone = ev.PeerGone(server.name, silent=True)
             self.events.after(network.lease_s, partial(trainer.gone, gone))
 
