@@ -209,9 +209,16 @@ class Participant:
         return max(await asyncio.gather(*map(self._version_of, asked)), default=step) > step
 
     async def stays(self, peer: PeerId) -> bool:
-        """Does it live, and mean to? Its record does for a while, in any case."""
-        info = await self._asked(peer)
-        return info is not None and not info.leaving
+        """Does it live, with all that this peer's state has, and mean to? Its record does for a while, in any
+        case."""
+        for _ in range(VERDICT_TRIES):  # it may be about to take the step that was taken here just now
+            info = await self._asked(peer)
+            if info is None or info.leaving:
+                return False
+            if info.version >= self._version():
+                return True
+            await asyncio.sleep(VERDICT_PAUSE_S)
+        return False
 
     async def _version_of(self, peer: PeerId) -> int:
         """0 if it does not answer."""

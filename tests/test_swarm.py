@@ -622,6 +622,34 @@ def test_who_is_leaving_says_so_to_a_mate_that_would_rely_on_it():
     simulate(test)
 
 
+def test_nobody_relies_on_a_mate_that_is_behind():
+    """Who moves to another stage would take with it what only its own state has."""
+
+    async def test(sim):
+        await train(sim, 40)
+        away, mate = (p.peer for p in sim.peers.values() if p.stage == 1)
+        (away_id, *_) = (p.id for p in sim.peers.values() if p.stage == 1)
+        assert await mate.stays(away_id)
+        catch_up, may_catch_up = away.updater._refetch, asyncio.Event()
+
+        async def later(error):
+            await may_catch_up.wait()
+            return await catch_up(error)
+
+        away.updater._refetch = later
+        sim.hub.hang(away_id)
+        training = asyncio.ensure_future(train(sim, 200, first=40))
+        await sim.until(lambda: mate.stage.version > away.stage.version + 1)
+        sim.hub.resume(away_id)
+        assert not await mate.stays(away_id)
+        may_catch_up.set()
+        await sim.until(lambda: away.stage.version >= mate.stage.version)
+        assert await mate.stays(away_id)
+        await training
+
+    simulate(test)
+
+
 def pools_of(sim) -> list[int]:
     """Peers that serve each stage."""
     serving = Counter(p.stage for p in sim.peers.values() if not p.peer.membership.loading)
