@@ -53,7 +53,8 @@ class Membership:
         return [peer for peer, record in self.others.items() if record.aggregates_only]
 
     def newcomers(self) -> list[PeerId]:
-        """Those, perhaps this peer, that some of the others may not have on their rosters yet."""
+        """Those, perhaps this peer, that some of the others may not have on their rosters yet, or take for
+        behind."""
         recent_s = asyncio.get_running_loop().time() - KNOWN_PERIODS * self._period_s
         found = [peer for peer, at_s in self._first_s.items() if at_s > max(recent_s, self._entered_s)]
         is_new = (self._came_to_others and self._entered_s > recent_s) or self._back_s > recent_s

@@ -27,9 +27,8 @@ class Hearing:
         self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat came
         self._stage_of: dict[PeerId, int] = {}
         self._version_of: dict[PeerId, int] = {}  # of those that are heard
-        self._versions: defaultdict[int, Counter[int]] = defaultdict(
-            Counter
-        )  # how many are at each, by stage
+        # How many are at each version, by stage.
+        self._versions: defaultdict[int, Counter[int]] = defaultdict(Counter)
         self._silent: dict[PeerId, tuple[int, float]] = {}  # stage, and since when it is not heard any more
 
     def __contains__(self, peer: object) -> bool:
