@@ -80,8 +80,9 @@ async def _listen(network: HivemindNetwork, host: str, port: int) -> None:
 
 
 def _quiet_engine() -> None:
-    """From now on its daemon's end is wanted, and no error to the user."""
+    """From now on its daemon's end is wanted, and what it leaves behind is no error to the user."""
     logging.getLogger("hivemind").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(_is_no_leftover)
 
 
 def best_address(addresses: tuple[str, ...]) -> str:
@@ -138,3 +139,8 @@ def set_up_logging(name: str, *, verbose: bool) -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     """Not what the engine's daemon says of its own end: `watch_daemon` does, if that was not wanted."""
     return "use of closed network connection" not in record.getMessage()
+
+
+def _is_no_leftover(record: logging.LogRecord) -> bool:
+    """Reads of the DHT that were under way leave tasks of the engine's, which nobody awaits."""
+    return "Task was destroyed but it is pending" not in record.getMessage()
