@@ -627,8 +627,7 @@ def test_nobody_relies_on_a_mate_that_is_behind():
 
     async def test(sim):
         await train(sim, 40)
-        away, mate = (p.peer for p in sim.peers.values() if p.stage == 1)
-        (away_id, *_) = (p.id for p in sim.peers.values() if p.stage == 1)
+        (away_id, away), (_, mate) = ((p.id, p.peer) for p in sim.peers.values() if p.stage == 1)
         assert await mate.stays(away_id)
         catch_up, may_catch_up = away.updater._refetch, asyncio.Event()
 

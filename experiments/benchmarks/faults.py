@@ -15,7 +15,6 @@ microbatches lost. Linux.
 
 import argparse
 import asyncio
-import math
 import os
 import random
 import signal
@@ -239,9 +238,8 @@ def tokens_per_s(evaluations: list[dict[str, float]]) -> float:
 def loss_ratio(calm: list[dict[str, float]], faults: list[dict[str, float]]) -> float:
     """How many times the calm run's loss at equal tokens: the mean over the second half of the tokens."""
     last = min(calm[-1]["tokens"], faults[-1]["tokens"])
-    halves = [e["tokens"] for e in (*calm, *faults) if last / 2 <= e["tokens"] <= last]
-    ratios = [math.log(loss_at(faults, tokens) / loss_at(calm, tokens)) for tokens in halves]
-    return math.exp(statistics.fmean(ratios))
+    second_half = [e["tokens"] for e in (*calm, *faults) if last / 2 <= e["tokens"] <= last]
+    return statistics.geometric_mean(loss_at(faults, at) / loss_at(calm, at) for at in second_half)
 
 
 def main() -> None:
