@@ -87,18 +87,20 @@ class RoundDone(_message.Message):
     def __init__(self, line: _Optional[int] = ..., attempt: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[Missing, _Mapping]]] = ..., lost: _Optional[_Iterable[str]] = ..., unused: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FromMember(_message.Message):
-    __slots__ = ("report", "frozen", "alive", "done", "failed")
+    __slots__ = ("report", "frozen", "alive", "done", "failed", "heard")
     REPORT_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    HEARD_FIELD_NUMBER: _ClassVar[int]
     report: StepReport
     frozen: Frozen
     alive: bool
     done: RoundDone
     failed: bool
-    def __init__(self, report: _Optional[_Union[StepReport, _Mapping]] = ..., frozen: _Optional[_Union[Frozen, _Mapping]] = ..., alive: _Optional[bool] = ..., done: _Optional[_Union[RoundDone, _Mapping]] = ..., failed: _Optional[bool] = ...) -> None: ...
+    heard: bool
+    def __init__(self, report: _Optional[_Union[StepReport, _Mapping]] = ..., frozen: _Optional[_Union[Frozen, _Mapping]] = ..., alive: _Optional[bool] = ..., done: _Optional[_Union[RoundDone, _Mapping]] = ..., failed: _Optional[bool] = ..., heard: _Optional[bool] = ...) -> None: ...
 
 class PlanMember(_message.Message):
     __slots__ = ("peer", "weight", "bandwidth", "mode")

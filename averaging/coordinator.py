@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -65,6 +65,7 @@ class Ballot:
     closed_s: float | None = None  # when the plan was made
     holdings: Holdings | None = None  # once there is a plan: what its members hold
     ids: dict[PeerId, set[bytes]] = field(default_factory=dict)  # of what each one's vector is made of
+    heard_outside: set[PeerId] = field(default_factory=set)  # reporters whom a witness hears, as they say
     duplicates: set[PeerId] = field(default_factory=set)  # who has something of another's in its vector
     versions: dict[PeerId, int] = field(default_factory=dict)  # of those who do not report, as they say
     ended: bool = False
@@ -149,8 +150,7 @@ class Coordinator:
             report = await self._receive(stream, rules.silence_s)
             if report is None or report.WhichOneof("content") != "report":
                 raise ProtocolError(peer, "does not begin with a report")
-            if peer not in self._mates.live():
-                await self._mates.refresh()  # a newcomer that announced itself a moment ago
+            await self.get_to_know([peer])
             if peer not in self._mates.live():
                 raise ProtocolError(peer, "is not on the roster")
             if not self._has_a_say:
@@ -221,6 +221,8 @@ class Coordinator:
 
     def _take(self, ballot: Ballot, peer: PeerId, message: pb.FromMember) -> None:
         kind = message.WhichOneof("content")
+        if kind in ("report", "done"):
+            (ballot.heard_outside.add if message.heard else ballot.heard_outside.discard)(peer)
         if kind == "report" and ballot.plan is None and not ballot.ended:
             ballot.reports[peer] = self._checked(ballot, peer, message.report)
             self.consider(ballot)
@@ -312,7 +314,7 @@ class Coordinator:
             ballot.reports,
             target=rules.target,
             expected=self._mates.voters(),
-            quorum=self._mates.has_quorum(ballot.reports, electors),
+            quorum=self._mates.has_quorum(ballot.reports, electors, heard=ballot.heard_outside),
             # Who is one step behind may have taken it since; who is further needs longer than the grace.
             silent={*self._mates.silent(), *ballot.behind(by=2)},
             unheard=[p for p in ballot.reports if loop.time() > ballot.heard_s[p] + rules.overdue_s],
@@ -403,7 +405,8 @@ class Coordinator:
     def _is_quorum(self, ballot: Ballot, holdings: Holdings) -> bool:
         """Of all live peers, as for closing: who left may be in a plan with those who are not in this one."""
         assert ballot.plan is not None
-        return self._mates.has_quorum(holdings.alive, {*self._electors(ballot), *ballot.plan.bringers})
+        peers = {*self._electors(ballot), *ballot.plan.bringers}
+        return self._mates.has_quorum(holdings.alive, peers, heard=ballot.heard_outside)
 
     def _electors(self, ballot: Ballot) -> set[PeerId]:
         """Those who might close the step without the others: not who has yet to come to it.
@@ -500,6 +503,17 @@ class Coordinator:
             return
         task = self._meeting[peer] = asyncio.create_task(self._ask_back(peer))
         task.add_done_callback(lambda done: self._meeting.pop(peer))
+
+    async def get_to_know(self, peers: Iterable[PeerId]) -> None:
+        """Find out whether they are mates that this peer has not read of: they came a moment ago.
+
+        They are asked first: reading the roster takes seconds while others in the directory do not answer.
+        """
+        known = {*self._mates.roster(), *self._mates.live()}
+        if unknown := [peer for peer in peers if peer not in known]:
+            await asyncio.gather(*map(self._ask_back, unknown))
+            if not set(unknown).issubset(self._mates.live()):
+                await self._mates.refresh()
 
     async def _ask_back(self, peer: PeerId) -> None:
         with contextlib.suppress(LinkError):

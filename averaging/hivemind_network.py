@@ -86,7 +86,8 @@ class HivemindNetwork:
             async with asyncio.timeout(DIAL_S):
                 return await self._dial(peer, service, max_payload_bytes)
         except TimeoutError:
-            raise LinkError(peer, f"{service!r} did not answer within {DIAL_S:.0f} s") from None
+            what = f"{service!r} did not answer within {DIAL_S:.0f} s"
+            raise LinkError(peer, what, silent=True) from None
         except (*_UNANSWERED, ValueError) as error:
             raise LinkError(peer, f"cannot open {service!r}: {_first_line(error)}") from None
 

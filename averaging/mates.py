@@ -59,19 +59,28 @@ class Mates:
         helping = {*self._auxiliaries(), *([self._me] if self._helps else [])}
         return [peer for peer in self.live() if peer not in helping]
 
-    def has_quorum(self, present: Collection[PeerId], peers: Collection[PeerId]) -> bool:
+    def has_quorum(
+        self, present: Collection[PeerId], peers: Collection[PeerId], *, heard: Collection[PeerId] = ()
+    ) -> bool:
         """May those who are present act without the rest of `peers`?
+
+        `heard` are those of them who say that a witness hears them: nobody takes these for silent.
 
         Newcomers do not count: with one that only they know, some would be a majority beside that of the
         others, and the stage would split in two. Only if there is nobody else they have to do. Nor do those
         count who have stopped, if all others are present: who does not answer this peer, and is not heard by
         the witnesses, takes no step alone.
         """
-        heard = self._witnesses.hear_this()
-        if has_quorum(present, self._electors(peers), heard=heard):
+        certain = {*heard, *([self._me] if self._witnesses.hear_this() else [])}.intersection(present)
+        electors = self._electors(peers)
+        if has_quorum(present, electors, heard=not certain.isdisjoint(electors)):
             return True
         going = self._electors(set(peers) - self._unanswered.intersection(self._witnesses.silent()))
-        return heard and bool(going) and going.issubset(present)
+        return not certain.isdisjoint(going) and going.issubset(present)
+
+    def hears_this(self) -> bool:
+        """Does a witness hear this peer, for certain?"""
+        return self._witnesses.hear_this()
 
     def _electors(self, peers: Collection[PeerId]) -> set[PeerId]:
         return set(peers).difference(self._newcomers()) or set(peers)

@@ -267,7 +267,7 @@ class MemoryHub:
         deadline_s = asyncio.get_running_loop().time() + DIAL_S
         while source in self.hung or target in self.hung or frozenset((source, target)) in self.cut:
             if asyncio.get_running_loop().time() > deadline_s:
-                raise LinkError(target, f"{service!r} did not answer within {DIAL_S:.0f} s")
+                raise LinkError(target, f"{service!r} did not answer within {DIAL_S:.0f} s", silent=True)
             await asyncio.sleep(0.05)
         network = self._networks.get(target)
         if network is None:

@@ -269,8 +269,7 @@ class Participant:
                     case "drifted":
                         raise BehindError("the majority holds another state")
                     case "moved":
-                        if answer.moved not in self.mates.live():
-                            await self.mates.refresh()
+                        await self.coordinator.get_to_know([answer.moved])
                         if answer.moved not in self.mates.live():
                             raise AveragingError(f"its coordinator {answer.moved[-8:]} is not known here")
                         raise MovedError(answer.moved)
@@ -298,10 +297,8 @@ class Participant:
             plan = plan_of(message, coordinator, self._rules)
         except ProtocolError as error:
             raise LinkError(coordinator, str(error)) from None
-        me_and_coordinator = {self._network.peer_id, coordinator}
-        if any(peer not in {*self.mates.roster(), *me_and_coordinator} for peer in plan.by_peer):
-            await self.mates.refresh()  # a newcomer that announced itself a moment ago
-        roster = {*self.mates.roster(), *self.mates.live(), *me_and_coordinator}
+        await self.coordinator.get_to_know(plan.by_peer.keys() - {coordinator})
+        roster = {*self.mates.roster(), *self.mates.live(), coordinator}
         mine = self._report(contributor)
         wrong = check_plan(plan, me=self._network.peer_id, step=step, mine=mine, roster=roster)
         if wrong is None and plan.key in self._seen_plans:
@@ -321,7 +318,8 @@ class Participant:
             contributor.changed.clear()
             report = report_message(step, self._report(contributor))
             try:
-                await stream.send(pb.FromMember(report=report).SerializeToString())
+                message = pb.FromMember(report=report, heard=self.mates.hears_this())
+                await stream.send(message.SerializeToString())
             except LinkError:
                 return  # the receiving side notices, too
             with contextlib.suppress(TimeoutError):
@@ -336,7 +334,7 @@ class Participant:
             plan,
             self._network.peer_id,
             all_reduce=self._all_reduce,
-            say=functools.partial(_say_done, stream),
+            say=functools.partial(self._say_done, stream),
         )
         averaging = asyncio.create_task(self._average(plan, rounds, stream, contributor))
         averaging.add_done_callback(functools.partial(_abort_if_failed, stream))
@@ -380,6 +378,9 @@ class Participant:
         log.debug("step %d: averaging with %d members", plan.step, len(plan.members))
         await _say(stream, pb.FromMember(frozen=pb.Frozen(ids=mine.ids)))
         return await rounds.average(replace(mine, weight=min(self._rules.max_weight, mine.weight)))
+
+    async def _say_done(self, stream: Stream, done: Done) -> None:
+        await _say(stream, pb.FromMember(done=done_message(done), heard=self.mates.hears_this()))
 
     async def _committed(self, under_way: _Plan, verdict: pb.Verdict | None) -> Committed | None:
         """What all members commit to, this one with them; None if the plan is abandoned."""
@@ -492,7 +493,3 @@ def _abort_if_failed(stream: Stream, task: "asyncio.Task[Averaged]") -> None:
 async def _say(stream: Stream, message: pb.FromMember) -> None:
     with contextlib.suppress(LinkError):  # whoever waits for the verdict notices
         await stream.send(message.SerializeToString())
-
-
-async def _say_done(stream: Stream, done: Done) -> None:
-    await _say(stream, pb.FromMember(done=done_message(done)))

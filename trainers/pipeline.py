@@ -40,6 +40,7 @@ from trainers.hearing import Hearing
 from trainers.ledger import batched_releases
 
 TICK_S = 0.05
+REDIALS = 6  # that a peer which fell silent leaves unanswered, for a minute: it comes back on the roster then
 UNREACHED_S = 1.0  # before a peer is dialled again that was not there: its record outlives it
 LOOK_S = 0.1  # between two readings of the roster, at least
 RETRY_S = 0.5
@@ -126,25 +127,27 @@ class Pipeline:
     async def _read_rosters(self) -> None:
         while True:
             self._coming.clear()
-            for stage in range(self._config.model.stages):
-                try:
-                    records = await self._directory.roster(stage)
-                except LinkError as error:
-                    log.warning("%s; trying again", error)
-                    continue
-                for record in records:
-                    banned = self._wirings[stage].is_banned(record.peer, self._clock())
-                    if record.peer not in self._watched and not banned and record.computes:
-                        self._stage_of[record.peer] = stage
-                        task = asyncio.create_task(self._watch(stage, record.peer))
-                        self._watched[record.peer] = task
-                        task.add_done_callback(functools.partial(self._unwatch, record.peer))
+            # At once: a read takes seconds while others in the directory do not answer.
+            await asyncio.gather(*map(self._read_roster, range(self._config.model.stages)))
             period_s = self._config.network.announce_s / 2
             await asyncio.sleep(LOOK_S)
             complete = self.ready_stages == self._config.model.stages
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(period_s if complete else LOOK_S):
                     await self._coming.wait()
+
+    async def _read_roster(self, stage: int) -> None:
+        try:
+            records = await self._directory.roster(stage)
+        except LinkError as error:
+            return log.warning("%s; trying again", error)
+        for record in records:
+            banned = self._wirings[stage].is_banned(record.peer, self._clock())
+            if record.peer not in self._watched and not banned and record.computes:
+                self._stage_of[record.peer] = stage
+                task = asyncio.create_task(self._watch(stage, record.peer))
+                self._watched[record.peer] = task
+                task.add_done_callback(functools.partial(self._unwatch, record.peer))
 
     def _unwatch(self, peer: PeerId, task: "asyncio.Task[None]") -> None:
         self._watched.pop(peer, None)
@@ -153,27 +156,40 @@ class Pipeline:
         self._raise_bug(task)
 
     async def _watch(self, stage: int, peer: PeerId) -> None:
-        """Follow one peer from the first dial to its end."""
-        lease_s = self._config.network.lease_s
-        heard_s: float | None = None  # its lease is at most this old
-        while True:
+        """Follow one peer from the first dial to its end.
+
+        One that has fallen silent is dialled on for a while: so it is heard, and knows that it is, as soon as
+        it wakes up, long before it is on the roster again.
+        """
+        stream = await self._dialled(stage, peer, 1)
+        while stream is not None and await self._follow(stage, stream):
+            while self._wirings[stage].is_banned(peer, self._clock()):  # noqa: ASYNC110 - bans last longer
+                await asyncio.sleep(RETRY_S)
+            stream = await self._dialled(stage, peer, REDIALS)
+
+    async def _dialled(self, stage: int, peer: PeerId, dials: int) -> Stream | None:
+        """A stream to a peer that answers one of so many dials; it takes each several seconds not to."""
+        for _ in range(dials):
             try:
-                stream = await at_stage(self._network, stage).open(peer, watch.SERVICE)
+                return await at_stage(self._network, stage).open(peer, watch.SERVICE)
             except LinkError as error:
-                if heard_s is None:
-                    log.debug("cannot watch: %s", error)
-                    return await asyncio.sleep(UNREACHED_S)
-                now_s = self._clock()
-                if error.refused or now_s > heard_s + lease_s:
-                    log.info("peer %s is gone: %s", peer[-8:], error)
-                    return self._gone(ev.PeerGone(peer, silent=not error.refused))
-                self.hearing.missed(peer, now_s)
-                await asyncio.sleep(RETRY_S / 2)
-                continue
-            again, heard_s = heard_s is not None, self._clock()
+                log.debug("cannot watch: %s", error)
+                if not error.silent:
+                    break
+        await asyncio.sleep(UNREACHED_S)
+        return None
+
+    async def _follow(self, stage: int, stream: Stream) -> bool:
+        """Hear a peer, over as many streams as it takes, until it is gone: has it fallen silent?"""
+        peer, lease_s = stream.remote, self._config.network.lease_s
+        again, heard_s = False, self._clock()  # its lease is at most this old
+        while True:
             heard_before_s = self.hearing.last_s(peer)
             try:
-                left = await self._listen(stream, stage, again)
+                if await self._listen(stream, stage, again):
+                    log.info("peer %s leaves", peer[-8:])
+                    self._gone(ev.PeerGone(peer, left=True))
+                    return False
             except asyncio.CancelledError:
                 await _say_goodbye(stream)
                 raise
@@ -183,15 +199,26 @@ class Pipeline:
                 if self.hearing.last_s(peer) == heard_before_s:
                     await asyncio.sleep(RETRY_S)  # it takes dials and says nothing: it has no room
                 heard_s = max(heard_s, self.hearing.last_s(peer) or heard_s)
-                if self._clock() > heard_s + lease_s:
-                    return self._gone(ev.PeerGone(peer, silent=True))
-                continue
-            if left:
-                log.info("peer %s leaves", peer[-8:])
-                return self._gone(ev.PeerGone(peer, left=True))
+            while self._clock() <= heard_s + lease_s:
+                try:
+                    stream = await at_stage(self._network, stage).open(peer, watch.SERVICE)
+                    break
+                except LinkError as error:
+                    if error.refused:
+                        log.info("peer %s is gone: %s", peer[-8:], error)
+                        self._gone(ev.PeerGone(peer))
+                        return False
+                    self.hearing.missed(peer, self._clock())
+                    await asyncio.sleep(RETRY_S / 2)
+            else:
+                log.info("peer %s has fallen silent", peer[-8:])
+                self._gone(ev.PeerGone(peer, silent=True))
+                return True
+            again, heard_s = True, self._clock()
 
     def _gone(self, event: ev.PeerGone) -> None:
         self.hearing.gone(event.peer, self._clock(), left=event.left)
+        self.throttle.gone(event.peer)
         self._calls_to(event.peer).forget(event.peer)
         self.feed(event)
 
@@ -329,7 +356,7 @@ class Pipeline:
         attempts = [attempt for _, attempt in command.microbatches]
         message = pb.Microbatches(session=self.session, ids=ids, attempts=attempts)
         request = pb.HopRequest(cancel=message).SerializeToString()
-        while command.peer in self._watched:
+        while command.peer in self.hearing:
             try:
                 frame = await self._calls_to(command.peer).call(command.peer, request)
                 reply = parse_reply(command.peer, frame.header)
@@ -343,7 +370,7 @@ class Pipeline:
     async def _release(self, command: ev.Release) -> None:
         message = pb.Microbatches(session=self.session, ids=command.microbatches)
         request = pb.HopRequest(release=message).SerializeToString()
-        while command.peer in self._watched:
+        while command.peer in self.hearing:
             try:
                 await self._calls_to(command.peer).call(command.peer, request)
                 return

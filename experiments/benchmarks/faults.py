@@ -7,7 +7,7 @@ could do as much as replacements leave of these while they start. With `--device
 for a part of the time only, so that not the cores limit the run, and could do what they have left in the
 weakest stage. Dealt by the seed: SIGKILL and SIGTERM of a peer, which is replaced at once, SIGSTOP of a peer
 for 20 s, SIGKILL of the organizer, which is started again 5 s later.
-No fault takes the last peer that serves a stage. Reported: tokens/s, also against what the peers that served
+No fault takes the last peer that serves a stage: who wakes up serves once it has caught up. Reported: tokens/s, also against what the peers that served
 could do, as the undisturbed run shows it; the loss at equal tokens, at the last evaluation that both have and
 as the mean over all evaluations of the second half (one alone is 3 % above or below its neighbours);
 microbatches lost. Linux.
@@ -42,6 +42,7 @@ CALM_S = 45.0  # at the end: stopped peers are back by then
 START_S, END_S = 120.0, 180.0
 BEGUN = "held-out loss"  # what a trainer says once it trains
 SERVES, LEADS = "serving stage", "others join with"  # what a peer and an organizer say once they are there
+CAUGHT_UP = "loaded version"  # what a peer says once it has what its stage did while it was stopped
 
 
 @dataclass
@@ -53,7 +54,9 @@ class Minutes:
     folder: Path
     options: argparse.Namespace
     dealt: Counter[str] = field(default_factory=Counter)
-    away: set[str] = field(default_factory=set)  # peers that run but do not serve: stopped, or leaving
+    away: set[str] = field(
+        default_factory=set
+    )  # peers that run but do not serve: stopped, behind, or leaving
     organizer_away: bool = False
     port: str = "0"  # the organizer's; at first any
     shares: list[float] = field(default_factory=list)  # of the peers of the weakest stage, over time
@@ -145,7 +148,11 @@ class Minutes:
         if kind == "stop":
             victim.process.send_signal(signal.SIGSTOP)
             await asyncio.sleep(STOPPED_S)
+            said = len(victim.log.read_text())
             victim.process.send_signal(signal.SIGCONT)
+            end_s = time.monotonic() + STOPPED_S  # it may have nothing to catch up with
+            while CAUGHT_UP not in victim.log.read_text()[said:] and time.monotonic() < end_s:
+                await asyncio.sleep(LOOK_S)
             self.away.discard(victim.name)
             return
         victim.process.send_signal(signal.SIGKILL if kind == "kill" else signal.SIGTERM)
