@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
+from averaging.bounded import forget_oldest
 from averaging.errors import LinkError
 from averaging.network import Network, PeerId, Stream
 from swarm import swarm_pb2 as pb
@@ -77,7 +78,9 @@ class Watchers:
         self._status, self._history, self._on_end = status, history, on_end
         self._sessions: dict[tuple[PeerId, bytes], Session] = {}
         self._ready = False
-        self._lost_s = float("-inf")  # when a trainer was lost
+        self._lost_s: dict[
+            PeerId, float
+        ] = {}  # trainers that may watch others still, and when they were lost
 
     async def start(self) -> None:
         await self._network.serve(SERVICE, self._watch)
@@ -120,7 +123,8 @@ class Watchers:
 
     @property
     def _lost_lately(self) -> bool:
-        return self._clock() < self._lost_s + self._settings.expire_s
+        recent_s = self._clock() - self._settings.expire_s
+        return any(lost_s > recent_s for lost_s in self._lost_s.values())
 
     def say(self, trainer: PeerId, key: bytes, frame: bytes) -> None:
         """Queue an event for one trainer; no-op when its session has ended."""
@@ -154,6 +158,7 @@ class Watchers:
         if session is None:
             lease_s = self._clock() + self._settings.lease_s
             session = self._sessions[name] = Session(stream.remote, ping.session, lease_s)
+            self._lost_s.pop(stream.remote, None)
         session.open.append(stream)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -240,7 +245,8 @@ class Watchers:
         if session.goodbye or left_s <= 0:
             del self._sessions[name]
             if not session.goodbye:
-                self._lost_s = self._clock()
+                self._lost_s[session.trainer] = self._clock()
+                forget_oldest(self._lost_s, MAX_SESSIONS)
             self._on_end(session)
         else:
             asyncio.get_running_loop().call_later(left_s + 0.01, self._expire, session)

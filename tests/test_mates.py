@@ -77,3 +77,17 @@ def test_with_one_of_two_newcomers_alone_nobody_goes_on():
         assert mates.has_quorum(["b", "c"], mates.voters())
 
     virtual_time.run(test())
+
+
+def test_it_is_enough_that_one_who_acts_is_heard_unless_the_others_may_not_know_it():
+    async def test():
+        unheard = Trainers(hear_me=False)
+        back = make_mates("b", ["a"], unheard, ["b"])  # it was away, and no trainer has found it again
+        assert not back.has_quorum(["a", "b"], back.voters()), "another one may take a for silent, too"
+        assert back.has_quorum(["a", "b"], back.voters(), heard=["a"])
+        assert not back.has_quorum(["b"], back.voters(), heard=["a"]), "a does not act with it"
+        newcomer = make_mates("c", ["a", "b"], Trainers(), ["c"])
+        assert not newcomer.has_quorum(["a", "c"], newcomer.voters()), "b may take a for silent"
+        assert newcomer.has_quorum(["a", "c"], newcomer.voters(), heard=["a"])
+
+    virtual_time.run(test())

@@ -592,6 +592,44 @@ def test_who_has_yet_to_catch_up_holds_nobody_up_and_computes_nothing(first, awa
     simulate(test, "network.expire_s=20", f"pipeline.queue={queue}")
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_who_comes_back_steps_with_its_mate_at_once_however_slowly_the_directory_is_read(first):
+    """While nodes of the DHT do not answer, each reading takes seconds; and its record has expired."""
+
+    async def test(sim):
+        await train(sim, 40)
+        pair = sorted((p for p in sim.peers.values() if p.stage == 1), key=lambda p: p.id)
+        away, mate = pair if first else reversed(pair)
+        at_once = sim.directory.roster
+
+        async def slowly(stage):
+            await asyncio.sleep(6)
+            return await at_once(stage)
+
+        sim.directory.roster = slowly
+        sim.hub.hang(away.id)
+        training = asyncio.ensure_future(train(sim, 1000, first=40))
+        await asyncio.sleep(20)
+        sim.hub.resume(away.id)
+        woken_s = stepped_s = sim.clock()
+        version, stood_s = mate.peer.stage.version, 0.0
+        while sim.clock() < woken_s + 12:
+            await asyncio.sleep(0.05)
+            if mate.peer.stage.version > version:
+                stood_s = max(stood_s, sim.clock() - stepped_s)
+                version, stepped_s = mate.peer.stage.version, sim.clock()
+            if sim.clock() > woken_s + 3:
+                assert away.peer.stage.version >= version - 1, "it has not caught up after three seconds"
+        tokens = away.peer.server.counters["tokens"]
+        await training
+        assert stood_s < 1.5, f"nobody took a step for {stood_s:.1f} s"
+        assert away.peer.server.counters["tokens"] > tokens
+        split = [node for node, states in sim.hashes.items() if len(states) > 1]
+        assert not split, f"(stage, version) with different states: {split}"
+
+    simulate(test, "network.expire_s=8")
+
+
 def test_a_stage_of_two_whose_link_is_cut_does_not_split_while_trainers_hear_both():
     async def test(sim):
         await train(sim, 40)

@@ -1,8 +1,12 @@
 """What a peer believes of what its trainers say about its mates."""
 
+import asyncio
+
+from averaging import virtual_time
 from averaging.memory_network import MemoryHub
+from swarm import swarm_pb2 as pb
 from swarm.config import NetworkConfig
-from swarm.watch import SILENT_BEATS, Session, Watchers
+from swarm.watch import SERVICE, SILENT_BEATS, Session, Watchers
 
 NOW_S = 1000.0
 
@@ -13,8 +17,9 @@ class Told:
     def __init__(self, **ago_s: float) -> None:
         self.now_s = NOW_S
         self.settings = NetworkConfig()
+        self.hub = MemoryHub()
         self.watchers = Watchers(
-            MemoryHub().network("me"),
+            self.hub.network("me"),
             self.settings,
             clock=lambda: self.now_s,
             status=lambda: (0, 0),
@@ -50,6 +55,26 @@ def test_after_a_trainer_is_lost_nobody_counts_as_silent_for_as_long_as_records_
     told.now_s += told.settings.expire_s
     told["t"].said_s = told.now_s
     assert told.watchers.silent() == {"b"}
+
+
+def test_a_trainer_that_was_lost_and_is_back_is_believed_at_once():
+    async def test():
+        told = Told(t=0.0)
+        told.lose("t")
+        assert told.watchers._lost_lately
+        await told.watchers.start()
+        told.watchers.ready()
+        stream = await told.hub.network("t").open("me", SERVICE)
+        await stream.send(pb.WatchPing(session=b"another1", fresh=True).SerializeToString())
+        beat = pb.WatchFrame.FromString((await stream.receive()).header).heartbeat
+        assert told.watchers.silent() == frozenset(), "it has said nothing yet"
+        echo = pb.WatchPing(session=b"another1", echo_s=beat.sent_at_s, silent=["b"])
+        await stream.send(echo.SerializeToString())
+        await asyncio.sleep(0.1)
+        assert told.watchers.hear_this() and told.watchers.silent() == {"b"}
+        await stream.finish()
+
+    virtual_time.run(test())
 
 
 def test_a_peer_is_heard_if_some_trainer_answers_or_none_was_there():

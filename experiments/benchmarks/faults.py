@@ -7,10 +7,10 @@ could do as much as replacements leave of these while they start. With `--device
 for a part of the time only, so that not the cores limit the run, and could do what they have left in the
 weakest stage. Dealt by the seed: SIGKILL and SIGTERM of a peer, which is replaced at once, SIGSTOP of a peer
 for 20 s, SIGKILL of the organizer, which is started again 5 s later.
-No fault takes the last peer that serves a stage: who wakes up serves once it has caught up. Reported: tokens/s, also against what the peers that served
-could do, as the undisturbed run shows it; the loss at equal tokens, at the last evaluation that both have and
-as the mean over all evaluations of the second half (one alone is 3 % above or below its neighbours);
-microbatches lost. Linux.
+No fault takes the last peer that serves a stage: who wakes up serves once it has caught up.
+Reported: tokens/s, also against what the peers that served could do, as the undisturbed run shows it; the
+loss at equal tokens, at the last evaluation that both have and as the mean over all evaluations of the second
+half (one alone is 3 % above or below its neighbours); microbatches lost. Linux.
 """
 
 import argparse
@@ -151,7 +151,7 @@ class Minutes:
             said = len(victim.log.read_text())
             victim.process.send_signal(signal.SIGCONT)
             end_s = time.monotonic() + STOPPED_S  # it may have nothing to catch up with
-            while CAUGHT_UP not in victim.log.read_text()[said:] and time.monotonic() < end_s:
+            while CAUGHT_UP not in victim.log.read_text()[said:] and time.monotonic() < end_s:  # noqa: ASYNC110
                 await asyncio.sleep(LOOK_S)
             self.away.discard(victim.name)
             return
