@@ -193,7 +193,7 @@ class StepQuery(_message.Message):
     def __init__(self, plan: _Optional[bytes] = ..., step: _Optional[int] = ...) -> None: ...
 
 class StepInfo(_message.Message):
-    __slots__ = ("committed", "ids", "version", "coordinator", "reports", "pending", "left_out", "outdated", "leaving")
+    __slots__ = ("committed", "ids", "version", "coordinator", "reports", "pending", "left_out", "outdated", "leaving", "helps")
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +203,7 @@ class StepInfo(_message.Message):
     LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     OUTDATED_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    HELPS_FIELD_NUMBER: _ClassVar[int]
     committed: bool
     ids: _containers.RepeatedScalarFieldContainer[bytes]
     version: int
@@ -212,4 +213,5 @@ class StepInfo(_message.Message):
     left_out: _containers.RepeatedScalarFieldContainer[str]
     outdated: _containers.RepeatedScalarFieldContainer[str]
     leaving: bool
-    def __init__(self, committed: _Optional[bool] = ..., ids: _Optional[_Iterable[bytes]] = ..., version: _Optional[int] = ..., coordinator: _Optional[str] = ..., reports: _Optional[int] = ..., pending: _Optional[bool] = ..., left_out: _Optional[_Iterable[str]] = ..., outdated: _Optional[_Iterable[str]] = ..., leaving: _Optional[bool] = ...) -> None: ...
+    helps: bool
+    def __init__(self, committed: _Optional[bool] = ..., ids: _Optional[_Iterable[bytes]] = ..., version: _Optional[int] = ..., coordinator: _Optional[str] = ..., reports: _Optional[int] = ..., pending: _Optional[bool] = ..., left_out: _Optional[_Iterable[str]] = ..., outdated: _Optional[_Iterable[str]] = ..., leaving: _Optional[bool] = ..., helps: _Optional[bool] = ...) -> None: ...

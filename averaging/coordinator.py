@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 from averaging import averaging_pb2 as pb
 from averaging.bounded import forget_oldest
 from averaging.errors import LinkError, ProtocolError
-from averaging.mates import Mates
+from averaging.mates import CLAIM_S, Mates
 from averaging.network import BEATS, LOOKS, Buffer, Calls, Frame, Network, PeerId, Stream, answer, kept_alive
 from averaging.plan import (
     Decision,
@@ -65,12 +65,16 @@ class Ballot:
     closed_s: float | None = None  # when the plan was made
     holdings: Holdings | None = None  # once there is a plan: what its members hold
     ids: dict[PeerId, set[bytes]] = field(default_factory=dict)  # of what each one's vector is made of
-    heard_outside: set[PeerId] = field(default_factory=set)  # reporters whom a witness hears, as they say
+    claims_s: dict[PeerId, float] = field(default_factory=dict)  # when each last said that a witness hears it
     duplicates: set[PeerId] = field(default_factory=set)  # who has something of another's in its vector
     versions: dict[PeerId, int] = field(default_factory=dict)  # of those who do not report, as they say
     ended: bool = False
     reason: str = ""
     looking: "asyncio.Task[None] | None" = None
+
+    def heard_outside(self, now_s: float) -> set[PeerId]:
+        """Reporters whom a witness hears, as they have just said."""
+        return {peer for peer, at_s in self.claims_s.items() if now_s <= at_s + CLAIM_S}
 
     def last_heard_s(self, peer: PeerId) -> float:
         """When a reporter said something, or was told the plan."""
@@ -150,12 +154,13 @@ class Coordinator:
             report = await self._receive(stream, rules.silence_s)
             if report is None or report.WhichOneof("content") != "report":
                 raise ProtocolError(peer, "does not begin with a report")
-            await self.get_to_know([peer])
-            if peer not in self._mates.live():
-                raise ProtocolError(peer, "is not on the roster")
             if not self._has_a_say:
                 raise ProtocolError(peer, "asks an auxiliary to coordinate")
             step = report.report.step
+            if step >= self._version():
+                await self.get_to_know([peer])
+                if peer not in self._mates.live():
+                    raise ProtocolError(peer, "is not on the roster")
             assists = report.report.mode == MODES.index(Mode.AUXILIARY)  # it follows, wherever it was
             if step < self._version() or (assists and step > self._version() + 1):
                 await self._say(stream, pb.FromCoordinator(behind=self._version()))
@@ -221,8 +226,8 @@ class Coordinator:
 
     def _take(self, ballot: Ballot, peer: PeerId, message: pb.FromMember) -> None:
         kind = message.WhichOneof("content")
-        if kind in ("report", "done"):
-            (ballot.heard_outside.add if message.heard else ballot.heard_outside.discard)(peer)
+        if message.heard:
+            ballot.claims_s[peer] = asyncio.get_running_loop().time()
         if kind == "report" and ballot.plan is None and not ballot.ended:
             ballot.reports[peer] = self._checked(ballot, peer, message.report)
             self.consider(ballot)
@@ -314,7 +319,7 @@ class Coordinator:
             ballot.reports,
             target=rules.target,
             expected=self._mates.voters(),
-            quorum=self._mates.has_quorum(ballot.reports, electors, heard=ballot.heard_outside),
+            quorum=self._mates.has_quorum(ballot.reports, electors, heard=ballot.heard_outside(loop.time())),
             # Who is one step behind may have taken it since; who is further needs longer than the grace.
             silent={*self._mates.silent(), *ballot.behind(by=2)},
             unheard=[p for p in ballot.reports if loop.time() > ballot.heard_s[p] + rules.overdue_s],
@@ -406,7 +411,8 @@ class Coordinator:
         """Of all live peers, as for closing: who left may be in a plan with those who are not in this one."""
         assert ballot.plan is not None
         peers = {*self._electors(ballot), *ballot.plan.bringers}
-        return self._mates.has_quorum(holdings.alive, peers, heard=ballot.heard_outside)
+        heard = ballot.heard_outside(asyncio.get_running_loop().time())
+        return self._mates.has_quorum(holdings.alive, peers, heard=heard)
 
     def _electors(self, ballot: Ballot) -> set[PeerId]:
         """Those who might close the step without the others: not who has yet to come to it.
@@ -470,7 +476,7 @@ class Coordinator:
             info = pb.StepInfo.FromString(frame.header)
         except DecodeError:
             raise LinkError(peer, "malformed answer to a step query") from None
-        if info.version >= self._version():  # who answers here without a say is at version 0
+        if info.version >= self._version() and not info.helps:
             self._mates.hear(peer)
         return info
 
@@ -480,8 +486,8 @@ class Coordinator:
         except DecodeError:
             raise LinkError(sender, "malformed step query") from None
         self._meet(sender)
-        version = self._version() if self._has_a_say else 0
-        info = pb.StepInfo(version=version, coordinator=self._reporting_to(), leaving=self.leaving)
+        info = pb.StepInfo(coordinator=self._reporting_to(), leaving=self.leaving, helps=not self._has_a_say)
+        info.version = 0 if info.helps else self._version()
         if query.plan:
             known = self._committed.get(query.plan)
             if known is not None:
@@ -497,12 +503,14 @@ class Coordinator:
             info.reports = max((len(b.reports) for b in self._ballots if b.step == query.step), default=0)
         return info.SerializeToString(), b""
 
-    def _meet(self, peer: PeerId) -> None:
+    def _meet(self, peer: PeerId) -> "asyncio.Task[None] | None":
         """Who asks here but stands on no roster that this peer has read may be a mate: ask back."""
-        if peer in self._meeting or len(self._meeting) >= MEETINGS or peer in self._mates.live():
-            return
-        task = self._meeting[peer] = asyncio.create_task(self._ask_back(peer))
-        task.add_done_callback(lambda done: self._meeting.pop(peer))
+        if peer in self._mates.live():
+            return None
+        if peer not in self._meeting and len(self._meeting) < MEETINGS:
+            task = self._meeting[peer] = asyncio.create_task(self._ask_back(peer))
+            task.add_done_callback(lambda done: self._meeting.pop(peer))
+        return self._meeting.get(peer)
 
     async def get_to_know(self, peers: Iterable[PeerId]) -> None:
         """Find out whether they are mates that this peer has not read of: they came a moment ago.
@@ -511,7 +519,8 @@ class Coordinator:
         """
         known = {*self._mates.roster(), *self._mates.live()}
         if unknown := [peer for peer in peers if peer not in known]:
-            await asyncio.gather(*map(self._ask_back, unknown))
+            if asking := [task for peer in unknown if (task := self._meet(peer)) is not None]:
+                await asyncio.wait(asking)
             if not set(unknown).issubset(self._mates.live()):
                 await self._mates.refresh()
 

@@ -8,6 +8,7 @@ I/O: starts a process.
 import asyncio
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ async def start_daemon(
     for address in join:
         check_address(address)
     try:
-        p2p = await P2P.create(
+        p2p = await _InItsOwnSession.create(
             initial_peers=list(join) or None,
             host_maddrs=[f"/ip4/{listen}/tcp/{port}"],
             identity_path=str(identity),
@@ -52,11 +53,20 @@ async def start_daemon(
     return p2p
 
 
+class _InItsOwnSession(P2P):
+    """A Ctrl-C in a terminal is for us alone: we need the daemon to leave in order. Needs util-linux."""
+
+    def _make_process_args(self, *args: object, **kwargs: object) -> list[str]:
+        command: list[str] = super()._make_process_args(*args, **kwargs)
+        setsid = shutil.which("setsid")
+        return command if setsid is None else [setsid, *command]
+
+
 def _let_it_end(p2p: P2P) -> None:
     """Whoever needs the daemon watches its process; its control connection need not print a traceback.
 
-    A Ctrl-C in a terminal reaches the daemon as soon as us, and what it had not read by then resets the
-    connection; the engine's two tasks there expect an orderly end only.
+    If somebody kills the daemon, what it had not read by then resets the connection; the engine's two tasks
+    there expect an orderly end only.
     """
     control = p2p._client.control
     for task in (control._read_task, control._write_task):

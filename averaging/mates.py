@@ -10,10 +10,14 @@ One event loop's clock, no I/O but reading the roster again.
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
 
+from averaging.bounded import forget_oldest
 from averaging.errors import LinkError
 from averaging.network import PeerId
 from averaging.plan import StepRules, has_quorum
 from averaging.witnesses import NO_WITNESSES, Witnesses
+
+CLAIM_S = 1.0  # for which a peer's word is good that a witness hears it
+MOST_MET = 4096
 
 
 class Mates:
@@ -40,6 +44,9 @@ class Mates:
         self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
         self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
         self._heard_s: dict[PeerId, float] = {}  # who has answered when, and not failed to since
+        self._met_s: dict[
+            PeerId, float
+        ] = {}  # when each was first heard, of those met before they were read of
         self._unanswered: set[PeerId] = set()  # who failed to answer this peer, and has not been heard since
 
     def live(self) -> list[PeerId]:
@@ -64,7 +71,7 @@ class Mates:
     ) -> bool:
         """May those who are present act without the rest of `peers`?
 
-        `heard` are those of them who say that a witness hears them: nobody takes these for silent.
+        `heard` are those of them who have just said that a witness hears them: nobody takes these for silent.
 
         Newcomers do not count: with one that only they know, some would be a majority beside that of the
         others, and the stage would split in two. Only if there is nobody else they have to do. Nor do those
@@ -78,12 +85,25 @@ class Mates:
         going = self._electors(set(peers) - self._unanswered.intersection(self._witnesses.silent()))
         return not certain.isdisjoint(going) and going.issubset(present)
 
-    def hears_this(self) -> bool:
-        """Does a witness hear this peer, for certain?"""
-        return self._witnesses.hear_this()
+    def is_heard(self) -> bool:
+        """May this peer say that a witness hears it? It is believed for `CLAIM_S`."""
+        return self._witnesses.hear_this(CLAIM_S)
 
     def _electors(self, peers: Collection[PeerId]) -> set[PeerId]:
-        return set(peers).difference(self._newcomers()) or set(peers)
+        new = {*self._newcomers(), *self._met_lately()}
+        return set(peers).difference(new) or set(peers)
+
+    def _met_lately(self) -> list[PeerId]:
+        """Who answered or reported before it was on the roster: others may not know it yet, either."""
+        recent_s = asyncio.get_running_loop().time() - self._rules.expire_s
+        roster = self.roster()
+        for peer in roster:
+            self._met_s.setdefault(peer, float("-inf"))
+        return [
+            peer
+            for peer in self._heard_s
+            if self._met_s.get(peer, recent_s) > recent_s and peer not in roster
+        ]
 
     def is_silent_elsewhere(self, peer: PeerId) -> bool:
         """Do the witnesses not hear it, either?"""
@@ -118,3 +138,6 @@ class Mates:
         if peer not in self._auxiliaries():
             self._heard_s[peer] = asyncio.get_running_loop().time()
             self._unanswered.discard(peer)
+            if peer not in self._met_s:
+                self._met_s[peer] = float("-inf") if peer in self.roster() else self._heard_s[peer]
+                forget_oldest(self._met_s, MOST_MET)

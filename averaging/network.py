@@ -123,13 +123,15 @@ class Scoped:
 
 
 @contextlib.asynccontextmanager
-async def kept_alive(stream: Stream, alive: bytes, silence_s: float) -> AsyncIterator[None]:
-    """Say `alive` to the other end, whatever else is sent, so that it hears no silence of `silence_s`."""
+async def kept_alive(
+    stream: Stream, alive: bytes | Callable[[], bytes], silence_s: float
+) -> AsyncIterator[None]:
+    """Say `alive`, or what it returns, to the other end, so that it hears no silence of `silence_s`."""
 
     async def beat() -> None:
         with contextlib.suppress(LinkError):  # whoever uses the stream notices
             while True:
-                await stream.send(alive)
+                await stream.send(alive if isinstance(alive, bytes) else alive())
                 await asyncio.sleep(silence_s / BEATS)
 
     beating = asyncio.create_task(beat())

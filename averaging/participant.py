@@ -46,7 +46,6 @@ from averaging.shares import Mode
 from averaging.wire import done_message, plan_of, repair_of, report_message
 from averaging.witnesses import NO_WITNESSES, Witnesses
 
-ALIVE = pb.FromMember(alive=True).SerializeToString()
 VERDICT_TRIES, VERDICT_PAUSE_S = 4, 0.25
 ASKED = 8  # members, whether a step is closed
 T = TypeVar("T")
@@ -318,7 +317,7 @@ class Participant:
             contributor.changed.clear()
             report = report_message(step, self._report(contributor))
             try:
-                message = pb.FromMember(report=report, heard=self.mates.hears_this())
+                message = pb.FromMember(report=report, heard=self.mates.is_heard())
                 await stream.send(message.SerializeToString())
             except LinkError:
                 return  # the receiving side notices, too
@@ -341,7 +340,7 @@ class Participant:
         self._pending = plan.key
         try:
             under_way = _Plan(plan, stream, rounds)
-            async with kept_alive(stream, ALIVE, self._rules.silence_s):
+            async with kept_alive(stream, self._alive, self._rules.silence_s):
                 verdict = await self._verdict(under_way)
             if averaging.done():
                 averaging.result()  # raises what is a bug
@@ -379,8 +378,11 @@ class Participant:
         await _say(stream, pb.FromMember(frozen=pb.Frozen(ids=mine.ids)))
         return await rounds.average(replace(mine, weight=min(self._rules.max_weight, mine.weight)))
 
+    def _alive(self) -> bytes:
+        return pb.FromMember(alive=True, heard=self.mates.is_heard()).SerializeToString()
+
     async def _say_done(self, stream: Stream, done: Done) -> None:
-        await _say(stream, pb.FromMember(done=done_message(done), heard=self.mates.hears_this()))
+        await _say(stream, pb.FromMember(done=done_message(done), heard=self.mates.is_heard()))
 
     async def _committed(self, under_way: _Plan, verdict: pb.Verdict | None) -> Committed | None:
         """What all members commit to, this one with them; None if the plan is abandoned."""

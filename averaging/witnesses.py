@@ -15,8 +15,11 @@ class Witnesses(Protocol):
         """Mates whom none of them hears, as all of them say."""
         ...
 
-    def hear_this(self) -> bool:
-        """Do some of them hear this peer, so that they do not call it silent? True without any."""
+    def hear_this(self, for_s: float = 0.0) -> bool:
+        """Do some of them hear this peer, so that they do not call it silent, for so long to come at least?
+
+        True without any.
+        """
         ...
 
     def version(self) -> int:
@@ -30,7 +33,7 @@ class NoWitnesses:
     def silent(self) -> Collection[PeerId]:
         return ()
 
-    def hear_this(self) -> bool:
+    def hear_this(self, for_s: float = 0.0) -> bool:
         return True
 
     def version(self) -> int:

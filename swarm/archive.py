@@ -111,11 +111,6 @@ class Archive:
         """The end of a run, every stage where it stands; `run` must have ended. Raises AveragingError."""
         self.newest = await self._save(None)
 
-    @property
-    def is_complete(self) -> bool:
-        """Is the end of the run archived?"""
-        return self.newest is not None and self.newest.step >= self._config.training.steps
-
     # writing
 
     async def _archive(self) -> None:
@@ -138,9 +133,10 @@ class Archive:
             await asyncio.sleep(self._config.network.announce_s)
             with contextlib.suppress(LinkError):
                 version, pace = await self._furthest()
-                done = max(version + pace, self._tried)
+                due, done = (self._tried // every + 1) * every, max(version + pace, self._tried)
                 step = min((done // every + 1) * every, last)
-                if version and version < step != self._tried and step - version <= 2 * pace + 1:
+                is_near = step - version <= 2 * pace + 1 or step > due  # one was missed: no other is to be
+                if version and version < step != self._tried and is_near:
                     return step
 
     async def _furthest(self) -> tuple[int, int]:

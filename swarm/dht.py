@@ -96,6 +96,8 @@ class HivemindDirectory:
         self._asked = {str(Multiaddr(address)).rpartition("/p2p/")[2] for address in joined}
         self._met: list[PeerID] = []  # nodes that were known, the latest first
         self._relied_on: set[PeerID] = set()  # those of the last call
+        self._meeting = asyncio.Lock()
+        self._times_met = 0  # so often some of those who had been forgotten did answer
         self._stages = 0  # known with the manifest, too
         self._read: dict[int, tuple[float, dict[PeerId, tuple[str, ...]]]] = {}  # stage -> when, addresses
         self._looking = asyncio.Lock()
@@ -212,9 +214,9 @@ class HivemindDirectory:
         try:
             async with asyncio.timeout(CALL_S):
                 for _ in range(TRIES):
-                    before = self._others()
+                    before, times_met = self._others(), self._times_met
                     result = await call()
-                    if await self._meets_forgotten():
+                    if await self._meets_forgotten() or self._times_met != times_met:
                         continue  # they were not asked
                     if await self._were_others_there(before):
                         return result
@@ -241,12 +243,14 @@ class HivemindDirectory:
     async def _meets_forgotten(self) -> bool:
         """Has the engine forgotten some since the last call who do answer? It knows them again then."""
         await asyncio.sleep(0)
-        known = self._others()
-        forgotten = [peer for peer in self._relied_on if peer not in known][:REMEMBERED_NODES]
-        self._relied_on = {*known}
-        there = await asyncio.gather(*(self._meet(peer) for peer in forgotten))
-        self._relied_on.update(peer for peer, answers in zip(forgotten, there, strict=True) if answers)
-        return any(there)
+        async with self._meeting:  # of calls at the same time, all wait for what the first finds out
+            known = self._others()
+            forgotten = [peer for peer in self._relied_on if peer not in known][:REMEMBERED_NODES]
+            self._relied_on = {*known}
+            there = await asyncio.gather(*(self._meet(peer) for peer in forgotten))
+            self._relied_on.update(peer for peer, answers in zip(forgotten, there, strict=True) if answers)
+            self._times_met += any(there)
+            return any(there)
 
     async def _meet_again(self) -> None:
         asked = [PeerID.from_base58(peer) for peer in self._asked]

@@ -40,7 +40,7 @@ CHECKPOINTS = "checkpoints"
 PEERS = "peers"  # where some could be dialled lately
 # Of a run that is resumed; with its identity it is the same to those who have joined it.
 KEPT = (CHECKPOINTS, PEERS, STATES, PROCESSES, "identity")
-LAST_CHECKPOINT_S = 120.0
+LAST_CHECKPOINT_S, STOPPED_CHECKPOINT_S = 120.0, 20.0  # at the run's own end, and when it is stopped before
 log = logging.getLogger(__name__)
 PLAIN_LINE_S = 10.0  # period of progress lines when the output is no terminal
 
@@ -92,6 +92,7 @@ async def _organize(
         address, seed = best_address(here.addresses), config.training.seed
         local = LocalRun(config, address, folder, listen=options.host, seed=seed)
         watching = _Watch(console, monitor, local, options, command)
+        patience_s = STOPPED_CHECKPOINT_S
         try:
             console.print(f"others join with:  [bold]{command}[/]", soft_wrap=True)
             if newest is not None:
@@ -102,13 +103,13 @@ async def _organize(
             await local.start(minutes=options.minutes, living=living)
             await asyncio.get_running_loop().run_in_executor(None, monitor.open_wandb)
             await watching.until_the_end(archiving)
-            archiving.cancel()
-            await asyncio.wait([archiving])
-            await _archive_the_end(archive, console)
+            patience_s = LAST_CHECKPOINT_S
         finally:
             for task in (republishing, archiving, remembering):
                 task.cancel()
             console.print("ending what this run has started ...")
+            await asyncio.wait([archiving])
+            await asyncio.shield(_archive_the_end(archive, monitor.step(), console, patience_s))
             await asyncio.shield(archive.leave())
             await asyncio.shield(local.stop())
             summary = monitor.close(local.kills, console)
@@ -183,11 +184,13 @@ async def _republish(directory: HivemindDirectory, config: RunConfig) -> None:
             log.warning("the run could not be announced anew: %s", error)
 
 
-async def _archive_the_end(archive: Archive, console: Console) -> None:
-    """What the run has come to; without it, one may go on from the checkpoint before."""
-    if archive.every_steps and not archive.is_complete:
+async def _archive_the_end(archive: Archive, step: int, console: Console, patience_s: float) -> None:
+    """What the run has come to, also when Ctrl-C ends it; else one may go on from the checkpoint before."""
+    has_all = step == 0 or (archive.newest is not None and archive.newest.step >= step)
+    if archive.every_steps and not has_all:
+        console.print(f"writing a checkpoint, for {patience_s:.0f} s at most ...")
         try:
-            async with asyncio.timeout(LAST_CHECKPOINT_S):
+            async with asyncio.timeout(patience_s):
                 await archive.save_last()
         except (AveragingError, TimeoutError) as error:
             log.warning("no checkpoint of the end: %s", str(error) or "it took too long")

@@ -244,7 +244,8 @@ class HopServer:
                 await asyncio.gather(asyncio.wrap_future(hop.job), return_exceptions=True)
                 await asyncio.sleep(0)  # let the job's own continuation record what it did
             held = self._stage.holds(microbatch)
-            if held is not None and self._route_of(microbatch) is not None:
+            is_orphan = microbatch in self.orphans  # then the whole sum will be given up
+            if held is not None and not is_orphan and self._route_of(microbatch) is not None:
                 loss = 0.0 if hop is None else hop.loss
                 answer.accumulated.add(microbatch=microbatch, step=held.step, loss=loss)
                 if withdrawn:  # it was to supply its neighbours: they will ask again

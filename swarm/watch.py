@@ -108,18 +108,18 @@ class Watchers:
             return frozenset()
         return frozenset.intersection(*(session.silent for session in self._sessions.values()))
 
-    def hear_this(self) -> bool:
-        """Does some trainer hear this peer, for certain? Also true if there is none."""
+    def hear_this(self, for_s: float = 0.0) -> bool:
+        """Does some trainer hear it, and will not call it silent for so long? Also true if there is none."""
         if not self._sessions:
             return not self._lost_lately
-        return any(map(self._is_heard, self._sessions.values()))
+        return any(self._is_heard(session, for_s) for session in self._sessions.values())
 
     def version(self) -> int:
         """Of the mate that is furthest, as all trainers say: one alone cannot hold the stage up."""
         return min((s.version for s in self._sessions.values() if self._is_heard(s)), default=0)
 
-    def _is_heard(self, session: Session) -> bool:
-        return self._clock() < session.said_s + SILENT_BEATS * self._settings.heartbeat_s
+    def _is_heard(self, session: Session, for_s: float = 0.0) -> bool:
+        return self._clock() + for_s < session.said_s + SILENT_BEATS * self._settings.heartbeat_s
 
     @property
     def _lost_lately(self) -> bool:
@@ -245,6 +245,7 @@ class Watchers:
         if session.goodbye or left_s <= 0:
             del self._sessions[name]
             if not session.goodbye:
+                self._lost_s.pop(session.trainer, None)
                 self._lost_s[session.trainer] = self._clock()
                 forget_oldest(self._lost_s, MAX_SESSIONS)
             self._on_end(session)

@@ -62,8 +62,12 @@ class StageWiring:
         backoff_s = min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** (failures - 1))
         self._banned_until_s[peer] = now_s + backoff_s
 
+    def banned_for_s(self, peer: PeerId, now_s: float) -> float:
+        """0 if it is not."""
+        return max(0.0, self._banned_until_s.get(peer, now_s) - now_s)
+
     def is_banned(self, peer: PeerId, now_s: float) -> bool:
-        return now_s < self._banned_until_s.get(peer, now_s)
+        return self.banned_for_s(peer, now_s) > 0
 
     def ban_link(self, source: PeerId, target: PeerId, now_s: float) -> None:
         """Do not send from `source` to `target` for a while."""

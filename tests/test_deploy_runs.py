@@ -180,6 +180,7 @@ def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes
     os.killpg(organizing.pid, signal.SIGINT)  # as a terminal does: the daemon gets it, too
     organizing.wait(30)
     assert " ERROR " not in resumed.read_text(), "an end that was asked for is no error"
+    assert list((run / "checkpoints").glob("step-*")), "nothing to go on from: " + resumed.read_text()
     until(lambda: members() == 0, 10, "every process of the run has ended, whoever started it")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] >= 2 and (run / "loss.png").exists()

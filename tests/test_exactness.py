@@ -236,7 +236,7 @@ def test_a_strict_run_that_goes_on_from_its_checkpoint_equals_plain_training(tmp
             archive = await swarm.archive(checkpoints)
             await train(swarm)
             await archive.save_last()
-            assert archive.is_complete
+            assert archive.newest is not None and archive.newest.step == 5
 
     async def second_half() -> dict[str, torch.Tensor]:
         (newest,) = checkpoints_in(checkpoints)

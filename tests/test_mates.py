@@ -23,7 +23,7 @@ class Trainers:
     def silent(self) -> frozenset[str]:
         return frozenset(self.unheard)
 
-    def hear_this(self) -> bool:
+    def hear_this(self, for_s: float = 0.0) -> bool:
         return self.hear_me
 
     def version(self) -> int:

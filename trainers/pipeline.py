@@ -82,6 +82,7 @@ class Pipeline:
             for stage in range(config.model.stages)
         ]
         self._watched: dict[PeerId, asyncio.Task[None]] = {}  # one stream per peer
+        self._followed: set[PeerId] = set()  # those of them that are there
         self.hearing = Hearing(heartbeat_s=config.network.heartbeat_s, expire_s=config.network.expire_s)
         self._told_s: dict[tuple[PeerId, PeerId], float] = {}  # when to say again that a link fails
         self._tasks: set[asyncio.Task[None]] = set()
@@ -163,8 +164,11 @@ class Pipeline:
         """
         stream = await self._dialled(stage, peer, 1)
         while stream is not None and await self._follow(stage, stream):
-            while self._wirings[stage].is_banned(peer, self._clock()):  # noqa: ASYNC110 - bans last longer
-                await asyncio.sleep(RETRY_S)
+            if (
+                banned_s := self._wirings[stage].banned_for_s(peer, self._clock())
+            ) > self._config.network.expire_s:
+                return  # it will be read of again
+            await asyncio.sleep(banned_s)
             stream = await self._dialled(stage, peer, REDIALS)
 
     async def _dialled(self, stage: int, peer: PeerId, dials: int) -> Stream | None:
@@ -180,9 +184,10 @@ class Pipeline:
         return None
 
     async def _follow(self, stage: int, stream: Stream) -> bool:
-        """Hear a peer, over as many streams as it takes, until it is gone: has it fallen silent?"""
+        """Hear a peer, over as many streams as it takes, until it is gone: did it speak, and fall silent?"""
         peer, lease_s = stream.remote, self._config.network.lease_s
         again, heard_s = False, self._clock()  # its lease is at most this old
+        self._followed.add(peer)
         while True:
             heard_before_s = self.hearing.last_s(peer)
             try:
@@ -212,13 +217,15 @@ class Pipeline:
                     await asyncio.sleep(RETRY_S / 2)
             else:
                 log.info("peer %s has fallen silent", peer[-8:])
+                has_spoken = peer in self.hearing
                 self._gone(ev.PeerGone(peer, silent=True))
-                return True
+                return has_spoken
             again, heard_s = True, self._clock()
 
     def _gone(self, event: ev.PeerGone) -> None:
         self.hearing.gone(event.peer, self._clock(), left=event.left)
         self.throttle.gone(event.peer)
+        self._followed.discard(event.peer)
         self._calls_to(event.peer).forget(event.peer)
         self.feed(event)
 
@@ -286,7 +293,7 @@ class Pipeline:
 
     def _note_bad_link(self, stage: int, event: ev.HopEvent) -> None:
         """Tell the user, now and then, which peers do not reach each other: nothing else would show it."""
-        if event.kind != pb.PUSH_FAILED or event.status != pb.LINK or event.target not in self._watched:
+        if event.kind != pb.PUSH_FAILED or event.status != pb.LINK or event.target not in self.hearing:
             return
         link, now_s = (event.peer, event.target), self._clock()
         if now_s >= self._told_s.get(link, 0.0):
@@ -356,7 +363,7 @@ class Pipeline:
         attempts = [attempt for _, attempt in command.microbatches]
         message = pb.Microbatches(session=self.session, ids=ids, attempts=attempts)
         request = pb.HopRequest(cancel=message).SerializeToString()
-        while command.peer in self.hearing:
+        while command.peer in self._followed:
             try:
                 frame = await self._calls_to(command.peer).call(command.peer, request)
                 reply = parse_reply(command.peer, frame.header)
@@ -370,7 +377,7 @@ class Pipeline:
     async def _release(self, command: ev.Release) -> None:
         message = pb.Microbatches(session=self.session, ids=command.microbatches)
         request = pb.HopRequest(release=message).SerializeToString()
-        while command.peer in self.hearing:
+        while command.peer in self._followed:
             try:
                 await self._calls_to(command.peer).call(command.peer, request)
                 return
