@@ -48,6 +48,7 @@ class Volunteer:
         self._fixed, self._rng = stage, rng or random.SystemRandom()
         self._costs = stage_costs(config.model)
         self._said = ""
+        self._preparing: asyncio.Task[tuple[Peer, int]] | None = None  # the next move
         self._next: Peer | None = None  # while it takes over
         self._leaves = False  # the run, not only a stage
         self._done = Counter[str]()  # by the peers before the present one
@@ -86,7 +87,11 @@ class Volunteer:
         while True:
             async with asyncio.TaskGroup() as tasks:
                 serving = tasks.create_task(self.peer.run())
-                self._next, stage = await self._successor()
+                self._preparing = tasks.create_task(self._successor())
+                await asyncio.wait([self._preparing])
+                if self._preparing.cancelled():
+                    return  # once it has left
+                self._next, stage = self._preparing.result()
                 await self._next.serve()  # before it leaves: in between, others would think it gone
                 await self.peer.leave()
                 serving.cancel()
@@ -97,6 +102,8 @@ class Volunteer:
     async def leave(self) -> None:
         """Leave the run, while `run` goes on; no-op before a stage was chosen."""
         self._leaves = True
+        if self._preparing is not None:
+            self._preparing.cancel()  # it would load, and replay, for nothing
         for peer in (self.peer, self._next) if hasattr(self, "peer") else ():
             if peer is not None:
                 await peer.leave()

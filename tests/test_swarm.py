@@ -759,6 +759,27 @@ def test_the_last_living_peer_of_a_stage_does_not_leave_it():
     simulate(test, peers=1)
 
 
+def test_who_leaves_while_it_prepares_a_move_loads_nothing_more():
+    async def test(sim):
+        volunteers = [await sim.start_volunteer() for _ in range(3)]
+        await train(sim, 40)
+        fixed = [p.id for p in sim.peers.values() if p.stage == 1 and p.id not in volunteers]
+        sim.hub.link = lambda a, b: Link(latency_s=0.005, bytes_per_s=20_000)  # states take their time
+        for peer in fixed:
+            sim.kill(peer)
+        training = asyncio.ensure_future(train(sim, 400, first=40))
+        await sim.until(lambda: any(sim.peers[v].peer.membership.heading == 1 for v in volunteers), 60)
+        mover = next(sim.peers[v] for v in volunteers if sim.peers[v].peer.membership.heading == 1)
+        began_s = sim.clock()
+        await sim.terminate(mover.id)
+        assert mover.volunteer._preparing.cancelled() and not mover.volunteer.moves
+        assert sim.clock() - began_s < 3
+        sim.hub.link = lambda a, b: Link(latency_s=0.005, bytes_per_s=1e9)
+        await training
+
+    simulate(test, "rebalancing.period_s=2")
+
+
 def test_a_volunteer_leaves_cleanly_before_it_has_a_stage():
     async def test(sim):
         from swarm.volunteer import Volunteer
