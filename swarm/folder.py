@@ -32,6 +32,9 @@ def claimed(folder: Path, *, keep: Sequence[str] = ()) -> Iterator[None]:
                 aside = _move_aside(folder)
                 _make(folder)
                 _bring_back(aside, folder, keep)
+                log.info(
+                    "what was in %s is in %s%s", folder, aside, f", but for {', '.join(keep)}" if keep else ""
+                )
                 (aside / LOCK).unlink(missing_ok=True)
         else:
             _make(folder)

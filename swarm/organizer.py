@@ -218,10 +218,15 @@ async def _newest_checkpoint(folder: Path, config: RunConfig) -> Checkpoint | No
 
 def _print_summary(console: Console, summary: dict[str, Any]) -> None:
     microbatches, recovery = summary["microbatches"], summary["recovery_s"]
-    console.print(
-        f"{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['tokens_per_s']} tokens/s; "
-        f"held-out loss {summary['initial_loss']} -> {summary['final_loss']} nats per token; "
+    said = [f"{summary['steps']} steps, {summary['tokens']:,} tokens"]
+    if summary["tokens_per_s"] is not None:
+        said[0] += f", {summary['tokens_per_s']} tokens/s"
+    if len(summary["evaluations"]) > 1:
+        said.append(f"held-out loss {summary['initial_loss']} -> {summary['final_loss']} nats per token")
+    said.append(
         f"{summary['kills']} kills, {microbatches['rerouted_hops']} hops rerouted, "
-        f"{microbatches['lost']} gradients lost, recovery {recovery['p50']} s (median), "
-        f"{recovery['max']} s (worst)"
+        f"{microbatches['lost']} gradients lost"
     )
+    if recovery["p50"] is not None:
+        said[-1] += f", recovery {recovery['p50']} s (median), {recovery['max']} s (worst)"
+    console.print("; ".join(said))

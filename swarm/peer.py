@@ -318,9 +318,9 @@ class Peer:
         mates = [mate for mate in self._donors() if self.membership.others[mate].heading is None]
         given = await hand_over(self._network, offered, vector, mates, stage=self._stage_number)
         if given is None:
-            return log.warning("nobody took %d microbatches over", len(routes))
+            return log.info("nobody is there to take the gradients of %d microbatch(es) over", len(routes))
         mate, step = given
-        log.info("handed %d microbatches over to %s", len(routes), mate[-8:])
+        log.info("handed the gradients of %d microbatch(es) over to %s", len(routes), mate[-8:])
         self.server.handed_over(routes, mate, step)
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """`swarm plan`: read who may come, predict the run, and say what limits it."""
 
 import csv
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 
@@ -110,9 +111,9 @@ def sentences(config: RunConfig, prediction: Prediction, peers: int) -> list[str
         found.append(f"This run cannot go: stage {prediction.weakest}: {prediction.limits}.")
         return found
     tokens, steps = prediction.tokens_s, prediction.steps_s
-    hours = config.training.steps / steps / 3600
+    takes = timedelta(seconds=round(config.training.steps / steps))
     found.append(
-        f"{tokens:,.0f} tokens per second, {3600 * steps:,.0f} steps per hour, {hours:,.1f} h for the "
+        f"{tokens:,.0f} tokens per second, {3600 * steps:,.0f} steps per hour: {takes} (h:mm:ss) for the "
         f"{config.training.steps:,} steps of the run."
     )
     found.append(f"Limited by stage {prediction.weakest}: {prediction.limits}.")

@@ -150,7 +150,9 @@ def test_strict_run_equals_plain_training_although_peers_are_ended(tmp_path, num
     swarm, ours = uvloop.run(whole_run(config, tmp_path, end_now_and_then))
     plain = train_plain(config, endless_text(config), STEPS)
     worst, name = worst_difference(ours, plain)
-    handed = sum(int(n) for p in swarm.peers for n in re.findall(r"handed (\d+) microbatches over", text(p)))
+    handed = sum(
+        int(n) for p in swarm.peers for n in re.findall(r"handed the gradients of (\d+) microbatch", text(p))
+    )
     assert len(ended) >= 3 and (handed > 0) == (number == signal.SIGTERM), (ended, handed)
     assert worst <= 1e-5, f"{name} is off by {worst:.2e} after the ends of {ended} (seed {seed})"
     assert_stages_identical(swarm)

@@ -236,7 +236,7 @@ def test_the_command_prints_what_came_of_it_and_draws_it(tmp_path):
         app, [*arguments, "--tflops", "0.005", "--speeds", "1,2", "--join-seconds", "20"]
     )
     assert done.exit_code == 0, done.output
-    for words in ("0.4 h", "of the optimum", "GB per peer and hour", "moves", "pipeline.in_flight"):
+    for words in ("0.4 h", "of the best assignment", "GB per peer and hour", "moves", "pipeline.in_flight"):
         assert words in done.output, done.output
     assert plot.read_bytes().startswith(b"\x89PNG")
 

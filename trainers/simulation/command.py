@@ -86,7 +86,7 @@ def facts(result: Result, *, stages: int) -> Sequence[tuple[str, str]]:
     found = [
         ("time", f"{end_s / 3600:.1f} h"),
         ("peers", f"{mean:.1f} on average, {most} at most, for {stages} stages"),
-        ("weakest stage, of the optimum", f"{result.kept():.1%}"),
+        ("devices of the weakest stage, of the best assignment", f"{result.kept():.1%}"),
         ("  in the first hour", f"{result.kept(first_s, first_s + 3600):.1%}"),
         ("  in the last hour", f"{result.kept(end_s - 3600):.1%}"),
         ("moves", f"{result.moves}, and {result.redirected} newcomers redirected"),
@@ -96,14 +96,17 @@ def facts(result: Result, *, stages: int) -> Sequence[tuple[str, str]]:
     tokens, optimum = result.tokens[-1][1], result.optimal_tokens
     counters = result.counters
     recoveries = sorted(result.recovery_s)
-    median = f"{recoveries[len(recoveries) // 2]:.1f} s in the middle" if recoveries else "none"
+    median = f"; half of them within {recoveries[len(recoveries) // 2]:.1f} s" if recoveries else ""
     return [
         *found,
         ("tokens", f"{tokens:,}, {tokens / end_s:,.0f} per second"),
-        ("  of the optimum", f"{tokens / optimum:.1%}" if optimum else "there was none"),
+        (
+            "  of what so many devices could compute",
+            f"{tokens / optimum:.1%}" if optimum else "there were none",
+        ),
         ("steps", f"{min(result.steps):,}, and {result.lost_steps:,} lost with whole stages"),
         ("sent", f"{result.sent_bytes / 1e9 / max(result.peer_hours, 1e-9):.2f} GB per peer and hour"),
-        ("hops given to another peer", f"{counters['rerouted_hops']:,}; recovery: {median}"),
+        ("hops given to another peer", f"{counters['rerouted_hops']:,}{median}"),
         ("gradients handed over, lost", f"{counters['handed_over']:,}, {counters['lost']:,}"),
     ]
 
