@@ -48,6 +48,28 @@ def test_little_data_measures_nothing():
     assert meter.measured == 0
 
 
+def test_a_process_that_was_stopped_while_it_sent_does_not_take_its_link_for_slow():
+    meter = UplinkMeter(1e12)
+    for seconds in (2.0, 2.0, 20.0):
+        sent(meter, 20, seconds)
+    assert meter.reported == pytest.approx(10 * MB)
+    for _ in range(2):
+        sent(meter, 20, 10.0)
+    assert meter.reported == pytest.approx(2 * MB), "it is slow by now"
+
+
+def test_what_did_not_arrive_measures_nothing():
+    meter = UplinkMeter(1e12)
+    meter.begin(0.0)
+    meter.begin(0.0)
+    meter.end(10 * MB, 1.0)
+    meter.end(0, 20.0)  # to one that has stopped
+    meter.conclude()
+    assert meter.measured == 0
+    sent(meter, 20, 2.0, at_s=30.0)
+    assert meter.reported == pytest.approx(10 * MB)
+
+
 def test_unknown_links_count_as_usual_near_ones_as_equal_and_claims_are_capped():
     assert levelled([0, 0, 0]) == [1, 1, 1]
     assert levelled([10, 12, 14, 0]) == [1, 1, 1, 1]

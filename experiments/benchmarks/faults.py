@@ -37,6 +37,7 @@ from swarm.launch import Child, LocalRun, last_line
 
 FAULTS = {"kill": 3, "terminate": 3, "stop": 3, "organizer": 1}  # how often, relative to each other
 STOPPED_S, ORGANIZER_AWAY_S = 20.0, 5.0
+CATCH_UP_S = 60.0  # that a peer which wakes up may take
 LOOK_S = 0.25
 CALM_S = 45.0  # at the end: stopped peers are back by then
 START_S, END_S = 120.0, 180.0
@@ -150,7 +151,7 @@ class Minutes:
             await asyncio.sleep(STOPPED_S)
             said = len(victim.log.read_text())
             victim.process.send_signal(signal.SIGCONT)
-            end_s = time.monotonic() + STOPPED_S  # it may have nothing to catch up with
+            end_s = time.monotonic() + CATCH_UP_S  # it may have nothing to catch up with
             while CAUGHT_UP not in victim.log.read_text()[said:] and time.monotonic() < end_s:  # noqa: ASYNC110
                 await asyncio.sleep(LOOK_S)
             self.away.discard(victim.name)
