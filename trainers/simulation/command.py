@@ -86,7 +86,7 @@ def facts(result: Result, *, stages: int) -> Sequence[tuple[str, str]]:
     found = [
         ("time", f"{end_s / 3600:.1f} h"),
         ("peers", f"{mean:.1f} on average, {most} at most, for {stages} stages"),
-        ("devices of the weakest stage, of the best assignment", f"{result.kept():.1%}"),
+        ("of the best assignment", f"{result.kept():.1%}"),
         ("  in the first hour", f"{result.kept(first_s, first_s + 3600):.1%}"),
         ("  in the last hour", f"{result.kept(end_s - 3600):.1%}"),
         ("moves", f"{result.moves}, and {result.redirected} newcomers redirected"),
