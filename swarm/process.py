@@ -108,7 +108,7 @@ def run_until_signal(main: Coroutine[Any, Any, int]) -> int:
             nonlocal asked
             if not asked:  # a second Ctrl-C must not cut the clean-up short
                 asked = True
-                _quiet_engine()  # a Ctrl-C reaches the daemon, too
+                _quiet_engine()  # without setsid a Ctrl-C reaches the daemon, too
                 task.cancel()
 
         for number in (signal.SIGINT, signal.SIGTERM):

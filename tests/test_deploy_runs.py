@@ -177,7 +177,7 @@ def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes
     resumed = processes.folder / "1.log"
     until(lambda: "it lives: 4 peers, 1 trainers" in resumed.read_text(), 60, "it finds its run again")
     assert members() >= 5
-    os.killpg(organizing.pid, signal.SIGINT)  # as a terminal does: the daemon gets it, too
+    os.killpg(organizing.pid, signal.SIGINT)  # as a terminal does
     organizing.wait(30)
     assert " ERROR " not in resumed.read_text(), "an end that was asked for is no error"
     assert list((run / "checkpoints").glob("step-*")), "nothing to go on from: " + resumed.read_text()

@@ -153,7 +153,6 @@ class Pipeline:
     def _unwatch(self, peer: PeerId, task: "asyncio.Task[None]") -> None:
         self._watched.pop(peer, None)
         self._coming.set()  # it may stand on another roster by now
-        self.throttle.gone(peer)
         self._raise_bug(task)
 
     async def _watch(self, stage: int, peer: PeerId) -> None:
@@ -164,9 +163,8 @@ class Pipeline:
         """
         stream = await self._dialled(stage, peer, 1)
         while stream is not None and await self._follow(stage, stream):
-            if (
-                banned_s := self._wirings[stage].banned_for_s(peer, self._clock())
-            ) > self._config.network.expire_s:
+            banned_s = self._wirings[stage].banned_for_s(peer, self._clock())
+            if banned_s > self._config.network.expire_s:
                 return  # it will be read of again
             await asyncio.sleep(banned_s)
             stream = await self._dialled(stage, peer, REDIALS)

@@ -55,9 +55,7 @@ class Minutes:
     folder: Path
     options: argparse.Namespace
     dealt: Counter[str] = field(default_factory=Counter)
-    away: set[str] = field(
-        default_factory=set
-    )  # peers that run but do not serve: stopped, behind, or leaving
+    away: set[str] = field(default_factory=set)  # peers that run, but are stopped, behind, or leaving
     organizer_away: bool = False
     port: str = "0"  # the organizer's; at first any
     shares: list[float] = field(default_factory=list)  # of the peers of the weakest stage, over time

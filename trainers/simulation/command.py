@@ -100,10 +100,7 @@ def facts(result: Result, *, stages: int) -> Sequence[tuple[str, str]]:
     return [
         *found,
         ("tokens", f"{tokens:,}, {tokens / end_s:,.0f} per second"),
-        (
-            "  of what so many devices could compute",
-            f"{tokens / optimum:.1%}" if optimum else "there were none",
-        ),
+        ("  of what devices could do", f"{tokens / optimum:.1%}" if optimum else "there were none"),
         ("steps", f"{min(result.steps):,}, and {result.lost_steps:,} lost with whole stages"),
         ("sent", f"{result.sent_bytes / 1e9 / max(result.peer_hours, 1e-9):.2f} GB per peer and hour"),
         ("hops given to another peer", f"{counters['rerouted_hops']:,}{median}"),
