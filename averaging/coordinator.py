@@ -517,11 +517,11 @@ class Coordinator:
 
         They are asked first: reading the roster takes seconds while others in the directory do not answer.
         """
-        known = {*self._mates.roster(), *self._mates.live()}
-        if unknown := [peer for peer in peers if peer not in known]:
+        live = self._mates.live()
+        if unknown := [peer for peer in peers if peer not in live]:
             if asking := [task for peer in unknown if (task := self._meet(peer)) is not None]:
                 await asyncio.wait(asking)
-            if not set(unknown).issubset(self._mates.live()):
+            if not {*self._mates.roster(), *self._mates.live()}.issuperset(unknown):
                 await self._mates.refresh()
 
     async def _ask_back(self, peer: PeerId) -> None:

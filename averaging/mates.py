@@ -137,6 +137,7 @@ class Mates:
         """It reports, or answers as one that has a say."""
         if peer not in self._auxiliaries():
             self._heard_s[peer] = asyncio.get_running_loop().time()
+            self._dead_s.pop(peer, None)  # it has been started again
             self._unanswered.discard(peer)
             if peer not in self._met_s:
                 self._met_s[peer] = float("-inf") if peer in self.roster() else self._heard_s[peer]

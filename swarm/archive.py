@@ -4,7 +4,7 @@
     write what comes, a stage at a time; a checkpoint counts once all stages are on disk
     stand on every stage's roster with the newest one: whoever finds nobody else begins from there
 
-A version that cannot be had of every stage is given up; the next one comes.
+A version that cannot be had of every stage is given up; another one follows before long.
 
 I/O: the directory, files, and streams to donors and newcomers; one event loop.
 """
@@ -37,6 +37,7 @@ from swarm.scope import at_stage
 from swarm.source import Offer
 
 ASKED = 2  # peers of a stage, for the state at one version
+TRIES = 4  # per interval, until a version can be had of every stage
 WITHDRAW_S = 2.0
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ class Archive:
     # writing
 
     async def _archive(self) -> None:
+        with contextlib.suppress(LinkError):
+            await self._furthest()  # the next look shows the pace
         while True:
             step = self._tried = await self._next_step()
             try:
@@ -127,16 +130,16 @@ class Archive:
                 log.warning("no checkpoint of step %d: %s", step, error)
 
     async def _next_step(self) -> int:
-        """Wait until the next one is near: that one."""
+        """Wait until the next one is near: that one. What was missed is made up for before long."""
         every, last = self.every_steps, self._config.training.steps
         while True:
             await asyncio.sleep(self._config.network.announce_s)
             with contextlib.suppress(LinkError):
                 version, pace = await self._furthest()
-                due, done = (self._tried // every + 1) * every, max(version + pace, self._tried)
-                step = min((done // every + 1) * every, last)
-                is_near = step - version <= 2 * pace + 1 or step > due  # one was missed: no other is to be
-                if version and version < step != self._tried and is_near:
+                due = ((self.newest.step if self.newest is not None else 0) // every + 1) * every
+                soonest = max(version + pace, self._tried + every // TRIES) + 1
+                step = min(max(due, soonest), last)
+                if version and max(version, self._tried) < step <= version + 2 * pace + 1:
                     return step
 
     async def _furthest(self) -> tuple[int, int]:

@@ -4,6 +4,7 @@ A user's mistake ends with one line on stderr and exit code 2.
 """
 
 import asyncio
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -183,6 +184,7 @@ def exit_with(start: Callable[[], int]) -> None:
         code = 2
     except (KeyboardInterrupt, asyncio.CancelledError):
         code = 130
+    gc.freeze()  # what is left ends with the process: to look for garbage in it takes half a second
     raise SystemExit(code)
 
 

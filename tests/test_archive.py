@@ -33,12 +33,14 @@ def versions(sim) -> list[int]:
 
 
 def test_all_stages_are_archived_at_the_same_version_while_training_goes_on(tmp_path):
+    every = 12  # longer than what the stages do between two announcements
+
     async def test(sim):
         archive = await sim.start_archive(tmp_path)
-        await train(sim, 250)
-        await sim.until(lambda: archive.newest is not None and archive.newest.step >= 2 * EVERY, 30)
+        await train(sim, 300)
+        await sim.until(lambda: archive.newest is not None and archive.newest.step >= 2 * every, 30)
         found = [read_checkpoint(folder, sim.config) for folder in checkpoints_in(tmp_path)]
-        assert len(found) >= 2 and all(checkpoint.step % EVERY == 0 for checkpoint in found)
+        assert len(found) >= 2 and all(checkpoint.step % every == 0 for checkpoint in found)
         for checkpoint in found:
             for stage, path in enumerate(checkpoint.files):
                 some = next(p for p in sim.peers.values() if p.stage == stage)
@@ -47,7 +49,7 @@ def test_all_stages_are_archived_at_the_same_version_while_training_goes_on(tmp_
                 assert sim.hashes[stage, checkpoint.step] == {copy.hash()}
         assert not any(p.peer._donor.is_held for p in sim.peers.values()), "no means are kept for an archive"
 
-    simulate(test)
+    simulate(test, f"archive.every_steps={every}")
 
 
 def test_a_stage_that_has_lost_all_peers_goes_on_from_the_archive(tmp_path):
@@ -114,6 +116,22 @@ def test_a_version_that_a_stage_has_passed_is_given_up_and_the_next_one_comes(tm
         assert all(wish > archive.newest.step for wish in wished), "only of one that is under way"
 
     simulate(test, peers=3)
+
+
+def test_a_checkpoint_that_was_missed_is_made_up_for_long_before_the_next_one_is_due(tmp_path):
+    every = 24
+
+    async def test(sim):
+        archive = await sim.start_archive(tmp_path)
+        training = asyncio.ensure_future(train(sim, 500))
+        await sim.until(lambda: len(asked(sim, 2)) == 2, 60)
+        for peer in asked(sim, 2):
+            sim.kill(peer.id)
+        await sim.until(lambda: archive.newest is not None, 60)
+        assert every < archive.newest.step < 2 * every
+        await training
+
+    simulate(test, f"archive.every_steps={every}", peers=3)
 
 
 def asked(sim, stage: int) -> list:

@@ -8,6 +8,7 @@ import pytest
 from averaging import averaging_pb2 as pb
 from averaging import virtual_time
 from averaging.coordinator import STEP_SERVICE, Ballot, Coordinator
+from averaging.errors import LinkError
 from averaging.mates import Mates
 from averaging.memory_network import MemoryHub
 from averaging.plan import Pass, Report, StepRules
@@ -26,7 +27,7 @@ def coordinator_of(network, rules):
         network=network,
         rules=rules,
         version=lambda: 0,
-        mates=Mates(me="a", rules=rules, roster=lambda: NAMES, refresh=nothing),
+        mates=Mates(me=network.peer_id, rules=rules, roster=lambda: NAMES, refresh=nothing),
         reporting_to=lambda: "a",
         pending=lambda plan: False,
         rng=random.Random(0),
@@ -48,6 +49,20 @@ def test_who_is_missing_is_waited_for_anew_when_the_target_is_lost_and_reached_a
         assert "waiting" in coordinator.consider(ballot).reason
         await asyncio.sleep(2 * rules.grace_s)
         assert ballot.plan is not None
+
+    virtual_time.run(main())
+
+
+def test_who_was_dead_and_has_been_started_again_may_report_at_once():
+    async def main():
+        hub = MemoryHub()
+        here, back = (coordinator_of(hub.network(me), StepRules(target=8.0, max_weight=32.0)) for me in "ab")
+        here._mates.suspect(LinkError("b", "nobody is there", refused=True))
+        await here.get_to_know(["b"])
+        assert "b" not in here._mates.live()
+        await back.start()
+        await here.get_to_know(["b"])
+        assert "b" in here._mates.live()
 
     virtual_time.run(main())
 

@@ -222,15 +222,15 @@ def core_seconds() -> tuple[float, float]:
     return (sum(fields) - fields[3] - fields[4]) / ticks, sum(fields) / ticks
 
 
-def cpu_s(session: int) -> float:
-    """Seconds for which the living processes of a session have computed."""
+def cpu_s(process: int) -> float:
+    """Seconds for which it and its living children have computed: each has a daemon."""
     ticks = 0
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
         except OSError:  # it has just ended
             continue
-        if int(fields[3]) == session:
+        if process in (int(path.parent.name), int(fields[1])):
             ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
