@@ -14,85 +14,30 @@ I/O: one event loop. Design section 6.
 """
 
 import asyncio
-import contextlib
 import logging
 import random
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Callable, Collection
 
 from google.protobuf.message import DecodeError
 
 from averaging import averaging_pb2 as pb
-from averaging.bounded import forget_oldest
+from averaging.ballot import Ballot
 from averaging.errors import LinkError, ProtocolError
-from averaging.mates import CLAIM_S, Mates
-from averaging.network import BEATS, LOOKS, Buffer, Calls, Frame, Network, PeerId, Stream, answer, kept_alive
-from averaging.plan import (
-    Decision,
-    Plan,
-    Report,
-    StepRules,
-    decide,
-    majority_hash,
-    make_plan,
-)
+from averaging.mates import Mates
+from averaging.network import BEATS, LOOKS, Network, PeerId, Stream, kept_alive
+from averaging.plan import Decision, Report, StepRules, decide, majority_hash, make_plan
+from averaging.queries import Queries
 from averaging.repair import Holdings
 from averaging.round import Round
 from averaging.shares import Mode
 from averaging.wire import MODES, done_of, plan_message, repair_message, report_of
 
-STEP_SERVICE, QUERY_SERVICE = "step", "step-query"
+STEP_SERVICE = "step"
 ALIVE = pb.FromCoordinator(alive=True).SerializeToString()
-OPEN_BALLOTS, MEETINGS = 8, 16
-REMEMBERED_PLANS = 256
+OPEN_BALLOTS = 8
 MAX_IDS, ID_BYTES = 16_384, 16  # of one member in one step
 TOO_FEW = "too few members are left"
-T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Ballot:
-    """What one coordinator has heard for one step."""
-
-    step: int
-    reports: dict[PeerId, Report] = field(default_factory=dict)
-    streams: dict[PeerId, Stream] = field(default_factory=dict)
-    heard_s: dict[PeerId, float] = field(default_factory=dict)  # when each reporter last said anything
-    reached_s: float | None = None  # when the target was reached
-    plan: Plan | None = None
-    closed_s: float | None = None  # when the plan was made
-    holdings: Holdings | None = None  # once there is a plan: what its members hold
-    ids: dict[PeerId, set[bytes]] = field(default_factory=dict)  # of what each one's vector is made of
-    claims_s: dict[PeerId, float] = field(default_factory=dict)  # when each last said that a witness hears it
-    duplicates: set[PeerId] = field(default_factory=set)  # who has something of another's in its vector
-    versions: dict[PeerId, int] = field(default_factory=dict)  # of those who do not report, as they say
-    ended: bool = False
-    reason: str = ""
-    looking: "asyncio.Task[None] | None" = None
-
-    def heard_outside(self, now_s: float) -> set[PeerId]:
-        """Reporters whom a witness hears, as they have just said."""
-        return {peer for peer, at_s in self.claims_s.items() if now_s <= at_s + CLAIM_S}
-
-    def last_heard_s(self, peer: PeerId) -> float:
-        """When a reporter said something, or was told the plan."""
-        return max(self.heard_s[peer], self.closed_s or 0.0)
-
-    def behind(self, *, by: int = 1) -> set[PeerId]:
-        """Peers so many steps short of this one: they have no say in it before they have caught up."""
-        short = (peer for peer, version in self.versions.items() if version + by <= self.step)
-        return set(short).difference(self.reports)
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """What a plan came to."""
-
-    ids: tuple[bytes, ...]  # of all that the mean is made of
-    left_out: tuple[PeerId, ...]  # members of whom nothing is in it
-    outdated: tuple[PeerId, ...]  # members whose mean, if they have one, is another
 
 
 class Coordinator:
@@ -113,35 +58,27 @@ class Coordinator:
         `pending` whether it still hears that of a plan; `rng` names plans."""
         self._network, self._rules, self._rng = network, rules, rng
         self._version, self._mates = version, mates
-        self._reporting_to, self._pending = reporting_to, pending
-        self.leaving = False  # told to whoever asks
         self._ballots: list[Ballot] = []
-        self._committed: dict[bytes, Committed] = {}
-        self._abandoned: dict[bytes, None] = {}
-        self._meeting: dict[PeerId, asyncio.Task[None]] = {}
-        self._queries = Calls(network, QUERY_SERVICE, deadline_s=min(2.0, self._rules.progress_s))
+        self.queries = Queries(
+            network=network,
+            rules=rules,
+            version=version,
+            mates=mates,
+            reporting_to=reporting_to,
+            pending=pending,
+            reports=lambda step: max((len(b.reports) for b in self._ballots if b.step == step), default=0),
+        )
 
     async def start(self) -> None:
-        async def serve_queries(stream: Stream) -> None:
-            await answer(stream, self._answer_query)
-
         await self._network.serve(STEP_SERVICE, self._attend)
-        await self._network.serve(QUERY_SERVICE, serve_queries)
+        await self.queries.start()
 
     def close(self) -> None:
         """Answer nobody any more; ballots that are open here end."""
         self._network.unserve(STEP_SERVICE)
-        self._network.unserve(QUERY_SERVICE)
         for ballot in list(self._ballots):
             self._end(ballot)
-        for meeting in list(self._meeting.values()):
-            meeting.cancel()
-        self._queries.close()
-
-    @property
-    def _has_a_say(self) -> bool:
-        """An auxiliary closes no steps, and what version it is at says nothing."""
-        return self._network.peer_id in self._mates.voters()
+        self.queries.close()
 
     # one reporter
 
@@ -154,11 +91,11 @@ class Coordinator:
             report = await self._receive(stream, rules.silence_s)
             if report is None or report.WhichOneof("content") != "report":
                 raise ProtocolError(peer, "does not begin with a report")
-            if not self._has_a_say:
+            if not self._mates.has_a_say:
                 raise ProtocolError(peer, "asks an auxiliary to coordinate")
             step = report.report.step
             if step >= self._version():
-                await self.get_to_know([peer])
+                await self.queries.get_to_know([peer])
                 if peer not in self._mates.live():
                     raise ProtocolError(peer, "is not on the roster")
             assists = report.report.mode == MODES.index(Mode.AUXILIARY)  # it follows, wherever it was
@@ -379,9 +316,9 @@ class Coordinator:
         if why:
             log.info("step %d: abandoned: %s", ballot.step, why)
             commit = False
-        commit = commit and not self.is_abandoned(plan.key)
+        commit = commit and not self.queries.is_abandoned(plan.key)
         if not commit:
-            self.abandon(plan.key)
+            self.queries.abandon(plan.key)
         self._end(ballot)
         ids = sorted(set().union(*(ids for peer, ids in ballot.ids.items() if peer not in left_out)))
         for peer, stream in ballot.streams.items():
@@ -439,14 +376,14 @@ class Coordinator:
 
     async def _look_for_one(self, ballot: Ballot, peer: PeerId) -> None:
         try:
-            info = await self.query(peer, pb.StepQuery(step=ballot.step))
+            info = await self.queries.ask(peer, pb.StepQuery(step=ballot.step))
             if info.version > ballot.step:
                 return self._send_all(ballot, pb.FromCoordinator(behind=info.version))
             ballot.versions[peer] = info.version
             rival = info.coordinator
             if rival == self._network.peer_id or rival not in self._mates.live():
                 return
-            theirs = info if rival == peer else await self.query(rival, pb.StepQuery(step=ballot.step))
+            theirs = info if rival == peer else await self.queries.ask(rival, pb.StepQuery(step=ballot.step))
             mine = len(ballot.reports)
             if ballot.plan is None and (
                 theirs.reports > mine or (theirs.reports == mine and rival < self._network.peer_id)
@@ -469,86 +406,6 @@ class Coordinator:
         if ballot in self._ballots:
             self._ballots.remove(ballot)
 
-    async def query(self, peer: PeerId, query: pb.StepQuery) -> pb.StepInfo:
-        """Ask another peer about a plan or a step. Raises LinkError."""
-        frame = await self._queries.call(peer, query.SerializeToString())
-        try:
-            info = pb.StepInfo.FromString(frame.header)
-        except DecodeError:
-            raise LinkError(peer, "malformed answer to a step query") from None
-        if info.version >= self._version() and not info.helps:
-            self._mates.hear(peer)
-        return info
-
-    async def _answer_query(self, sender: PeerId, frame: Frame) -> tuple[bytes, Buffer]:
-        try:
-            query = pb.StepQuery.FromString(frame.header)
-        except DecodeError:
-            raise LinkError(sender, "malformed step query") from None
-        self._meet(sender)
-        info = pb.StepInfo(coordinator=self._reporting_to(), leaving=self.leaving, helps=not self._has_a_say)
-        info.version = 0 if info.helps else self._version()
-        if query.plan:
-            known = self._committed.get(query.plan)
-            if known is not None:
-                info.committed = True
-                info.ids.extend(known.ids)
-                info.left_out.extend(known.left_out)
-                info.outdated.extend(known.outdated)
-            elif self._pending(query.plan):
-                info.pending = True
-            else:
-                self.abandon(query.plan)
-        else:
-            info.reports = max((len(b.reports) for b in self._ballots if b.step == query.step), default=0)
-        return info.SerializeToString(), b""
-
-    def _meet(self, peer: PeerId) -> "asyncio.Task[None] | None":
-        """Who asks here but stands on no roster that this peer has read may be a mate: ask back."""
-        if peer in self._mates.live():
-            return None
-        if peer not in self._meeting and len(self._meeting) < MEETINGS:
-            task = self._meeting[peer] = asyncio.create_task(self._ask_back(peer))
-            task.add_done_callback(lambda done: self._meeting.pop(peer))
-        return self._meeting.get(peer)
-
-    async def get_to_know(self, peers: Iterable[PeerId]) -> None:
-        """Find out whether they are mates that this peer has not read of: they came a moment ago.
-
-        They are asked first: reading the roster takes seconds while others in the directory do not answer.
-        """
-        live = self._mates.live()
-        if unknown := [peer for peer in peers if peer not in live]:
-            if asking := [task for peer in unknown if (task := self._meet(peer)) is not None]:
-                await asyncio.wait(asking)
-            if not {*self._mates.roster(), *self._mates.live()}.issuperset(unknown):
-                await self._mates.refresh()
-
-    async def _ask_back(self, peer: PeerId) -> None:
-        with contextlib.suppress(LinkError):
-            await self.query(peer, pb.StepQuery(step=self._version()))
-
-    # verdicts
-
-    def commit(self, plan: bytes, what: Committed) -> bool:
-        """Commit to `plan` unless this peer has promised not to."""
-        if plan in self._abandoned:
-            return False
-        _remember(self._committed, plan, what)
-        return True
-
-    def learn_committed(self, plan: bytes, what: Committed) -> None:
-        """Another member has committed to `plan`: so does this one, whatever it had promised."""
-        _remember(self._committed, plan, what)
-
-    def abandon(self, plan: bytes) -> None:
-        """Promise never to commit `plan`; no-op if that was done already."""
-        if plan not in self._committed:
-            _remember(self._abandoned, plan, None)
-
-    def is_abandoned(self, plan: bytes) -> bool:
-        return plan in self._abandoned
-
     def _say_soon(self, stream: Stream, message: pb.FromCoordinator) -> None:
         task = asyncio.create_task(self._say(stream, message))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -559,8 +416,3 @@ class Coordinator:
                 await stream.send(message.SerializeToString())
         except (LinkError, TimeoutError):
             stream.abort()
-
-
-def _remember(memory: dict[bytes, T], key: bytes, value: T) -> None:
-    memory[key] = value
-    forget_oldest(memory, REMEMBERED_PLANS)

@@ -55,16 +55,22 @@ class Mates:
         Who answers lives, also if the roster does not say so: a peer that was away may read one without the
         others, and would go on alone beside them.
         """
-        recent_s = asyncio.get_running_loop().time() - self._rules.expire_s
-        self._dead_s = {p: at for p, at in self._dead_s.items() if at > recent_s}
+        recent_s, roster = asyncio.get_running_loop().time() - self._rules.expire_s, self.roster()
+        # A roster may be read for longer than the record lives; who is started again is heard.
+        self._dead_s = {p: at for p, at in self._dead_s.items() if at > recent_s or p in roster}
         self._heard_s = {p: at for p, at in self._heard_s.items() if at > recent_s}
-        known = dict.fromkeys([*self.roster(), *self._heard_s])
+        known = dict.fromkeys([*roster, *self._heard_s])
         return [*(p for p in known if p not in self._dead_s and p != self._me), self._me]
 
     def voters(self) -> list[PeerId]:
         """Those of them that have a vector of their own."""
         helping = {*self._auxiliaries(), *([self._me] if self._helps else [])}
         return [peer for peer in self.live() if peer not in helping]
+
+    @property
+    def has_a_say(self) -> bool:
+        """An auxiliary closes no steps, and what version it is at says nothing."""
+        return self._me in self.voters()
 
     def has_quorum(
         self, present: Collection[PeerId], peers: Collection[PeerId], *, heard: Collection[PeerId] = ()

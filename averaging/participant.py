@@ -28,7 +28,7 @@ from google.protobuf.message import DecodeError
 
 from averaging import averaging_pb2 as pb
 from averaging.allreduce import ButterflyAllReduce
-from averaging.coordinator import REMEMBERED_PLANS, STEP_SERVICE, Committed, Coordinator
+from averaging.coordinator import STEP_SERVICE, Coordinator
 from averaging.errors import (
     AveragingError,
     BehindError,
@@ -41,6 +41,7 @@ from averaging.mates import Mates
 from averaging.moshpit import Averaged, Contribution, Rounds
 from averaging.network import BEATS, LOOKS, Network, PeerId, Stream, kept_alive, while_heard
 from averaging.plan import Pass, Plan, Report, StepRules, check_plan, coordinator_order
+from averaging.queries import REMEMBERED_PLANS, Committed
 from averaging.round import Done
 from averaging.shares import Mode
 from averaging.wire import done_message, plan_of, repair_of, report_message
@@ -149,6 +150,7 @@ class Participant:
             pending=lambda plan: plan == self._pending,
             rng=rng,
         )
+        self._queries = self.coordinator.queries
 
     async def start(self) -> None:
         """Answer reports, queries and rounds of averaging from now on."""
@@ -159,6 +161,10 @@ class Participant:
         """Take no part any more."""
         self._all_reduce.close()
         self.coordinator.close()
+
+    def leave_soon(self) -> None:
+        """Whoever asks is told so from now on."""
+        self._queries.leaving = True
 
     async def close_step(self, contributor: Contributor) -> Mean:
         """Take part until the step after `version()` is closed; the mean is for the caller to apply.
@@ -227,7 +233,7 @@ class Participant:
     async def _asked(self, peer: PeerId) -> pb.StepInfo | None:
         """Where a peer is, if it answers."""
         try:
-            return await self.coordinator.query(peer, pb.StepQuery(step=self._version()))
+            return await self._queries.ask(peer, pb.StepQuery(step=self._version()))
         except LinkError as error:
             self.mates.suspect(error)
             return None
@@ -268,7 +274,7 @@ class Participant:
                     case "drifted":
                         raise BehindError("the majority holds another state")
                     case "moved":
-                        await self.coordinator.get_to_know([answer.moved])
+                        await self._queries.get_to_know([answer.moved])
                         if answer.moved not in self.mates.live():
                             raise AveragingError(f"its coordinator {answer.moved[-8:]} is not known here")
                         raise MovedError(answer.moved)
@@ -296,7 +302,7 @@ class Participant:
             plan = plan_of(message, coordinator, self._rules)
         except ProtocolError as error:
             raise LinkError(coordinator, str(error)) from None
-        await self.coordinator.get_to_know([peer for peer in plan.by_peer if peer != coordinator])
+        await self._queries.get_to_know([peer for peer in plan.by_peer if peer != coordinator])
         roster = {*self.mates.roster(), *self.mates.live(), coordinator}
         mine = self._report(contributor)
         wrong = check_plan(plan, me=self._network.peer_id, step=step, mine=mine, roster=roster)
@@ -390,7 +396,7 @@ class Participant:
             return await self._committed_elsewhere(under_way.plan)
         committed = _committed_of(verdict)
         key = under_way.plan.key
-        return committed if verdict.commit and self.coordinator.commit(key, committed) else None
+        return committed if verdict.commit and self._queries.commit(key, committed) else None
 
     async def _verdict(self, under_way: _Plan) -> pb.Verdict | None:
         """What becomes of the plan; None if the coordinator vanished before it said so."""
@@ -419,7 +425,7 @@ class Participant:
 
         Members that do not answer leave a doubt, which later reports of the others will settle.
         """
-        self.coordinator.abandon(plan.key)
+        self._queries.abandon(plan.key)
         undecided = sorted(peer for peer in plan.by_peer if peer != self._network.peer_id)
         tries, end_s = 0, asyncio.get_running_loop().time() + self._rules.round_s
         while undecided and tries < VERDICT_TRIES and asyncio.get_running_loop().time() < end_s:
@@ -427,7 +433,7 @@ class Participant:
             for answer in answers.values():
                 if answer.committed:
                     committed = _committed_of(answer)
-                    self.coordinator.learn_committed(plan.key, committed)
+                    self._queries.learn_committed(plan.key, committed)
                     return committed
             pending = [peer for peer, answer in answers.items() if answer.pending]
             undecided = [peer for peer in undecided if peer in pending or peer not in answers]
@@ -471,7 +477,7 @@ class Participant:
     async def _ask(self, peer: PeerId, plan: Plan) -> pb.StepInfo | None:
         """What `peer` knows of the plan: nothing if it is dead, None if it does not answer."""
         try:
-            return await self.coordinator.query(peer, pb.StepQuery(plan=plan.key))
+            return await self._queries.ask(peer, pb.StepQuery(plan=plan.key))
         except LinkError as error:
             return pb.StepInfo() if error.refused else None
 

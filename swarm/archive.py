@@ -136,7 +136,8 @@ class Archive:
             await asyncio.sleep(self._config.network.announce_s)
             with contextlib.suppress(LinkError):
                 version, pace = await self._furthest()
-                due = ((self.newest.step if self.newest is not None else 0) // every + 1) * every
+                newest = 0 if self.newest is None else self.newest.step
+                due = ((newest + every // 2) // every + 1) * every  # a multiple that is not too near
                 soonest = max(version + pace, self._tried + every // TRIES) + 1
                 step = min(max(due, soonest), last)
                 if version and max(version, self._tried) < step <= version + 2 * pace + 1:

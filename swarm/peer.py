@@ -274,7 +274,8 @@ class Peer:
     async def _leave(self) -> None:
         if not hasattr(self, "server"):  # it never came to that
             return await self.membership.withdraw()
-        self.server.draining = self.updater.participant.coordinator.leaving = True
+        self.server.draining = True
+        self.updater.participant.leave_soon()
         leave_s = self.config.network.leave_s
         try:
             if self._stepping is not None and not self._stepping.done():

@@ -7,7 +7,8 @@ import pytest
 
 from averaging import averaging_pb2 as pb
 from averaging import virtual_time
-from averaging.coordinator import STEP_SERVICE, Ballot, Coordinator
+from averaging.ballot import Ballot
+from averaging.coordinator import STEP_SERVICE, Coordinator
 from averaging.errors import LinkError
 from averaging.mates import Mates
 from averaging.memory_network import MemoryHub
@@ -58,10 +59,10 @@ def test_who_was_dead_and_has_been_started_again_may_report_at_once():
         hub = MemoryHub()
         here, back = (coordinator_of(hub.network(me), StepRules(target=8.0, max_weight=32.0)) for me in "ab")
         here._mates.suspect(LinkError("b", "nobody is there", refused=True))
-        await here.get_to_know(["b"])
+        await here.queries.get_to_know(["b"])
         assert "b" not in here._mates.live()
         await back.start()
-        await here.get_to_know(["b"])
+        await here.queries.get_to_know(["b"])
         assert "b" in here._mates.live()
 
     virtual_time.run(main())

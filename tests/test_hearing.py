@@ -44,13 +44,13 @@ def test_nobody_is_behind_one_that_is_not_heard_any_more():
     assert not hearing.is_behind("b")
 
 
-def test_mates_are_told_of_the_silent_for_as_long_as_their_record_lives():
+def test_mates_are_told_of_the_silent_for_as_long_as_anybody_may_have_them_on_a_roster():
     hearing = make_hearing()
     hearing.missed("a", 2.0)
     assert hearing.silent_mates("b", 3.0) == ["a"] and hearing.silent_mates("c", 3.0) == []
     hearing.gone("a", 3.0, left=False)
-    assert hearing.silent_mates("b", 11.9) == ["a"], "watched no more"
-    assert hearing.silent_mates("b", 12.1) == []
+    assert hearing.silent_mates("b", 21.9) == ["a"], "watched no more"
+    assert hearing.silent_mates("b", 22.1) == []
 
 
 def test_mates_are_told_of_one_that_refuses_a_dial_but_not_of_one_that_said_goodbye():

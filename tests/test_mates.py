@@ -91,3 +91,22 @@ def test_it_is_enough_that_one_who_acts_is_heard_unless_the_others_may_not_know_
         assert newcomer.has_quorum(["a", "c"], newcomer.voters(), heard=["a"])
 
     virtual_time.run(test())
+
+
+def test_the_dead_stay_dead_while_a_roster_names_them_until_they_are_heard():
+    async def test():
+        others = ["a", "c"]
+        mates = make_mates("b", others, Trainers(), [])
+        mates.suspect(LinkError("a", "nobody is there", refused=True))
+        await asyncio.sleep(2 * RULES.expire_s)
+        assert mates.live() == ["c", "b"]
+        mates.hear("a")
+        assert mates.live() == ["a", "c", "b"]
+        mates.suspect(LinkError("a", "nobody is there", refused=True))
+        others.remove("a")
+        await asyncio.sleep(2 * RULES.expire_s)
+        mates.live()
+        others.append("a")
+        assert mates.live() == ["c", "a", "b"], "it is somebody who has come back"
+
+    virtual_time.run(test())

@@ -655,6 +655,47 @@ def test_who_comes_back_steps_with_its_mate_at_once_however_slowly_the_directory
     simulate(test, "network.expire_s=8")
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_dead_peer_that_is_read_of_for_longer_than_its_record_lives_holds_nobody_up(first):
+    """While nodes of the DHT do not answer, a reading takes seconds, and tells what was there before."""
+
+    async def test(sim):
+        await train(sim, 40)
+        pair = sorted((p for p in sim.peers.values() if p.stage == 1), key=lambda p: p.id)
+        dead, mate = pair if first else reversed(pair)
+        read, store = sim.directory.roster, sim.directory.announce
+        slow_s, newcomer = 0.0, ""
+
+        async def roster(stage):
+            records = await read(stage)
+            await asyncio.sleep(slow_s)
+            return records
+
+        async def announce(record):
+            nonlocal slow_s
+            if record.peer == newcomer and not record.loading:
+                slow_s = 6.0
+            await store(record)
+
+        sim.directory.roster, sim.directory.announce = roster, announce
+        training = asyncio.ensure_future(train(sim, 900, first=40))
+        await asyncio.sleep(3)
+        sim.kill(dead.id)
+        killed_s = sim.clock()
+        newcomer = await sim.start_peer(1)
+        sim.hub.is_proof = lambda source, target: source != newcomer  # it has never reached the dead one
+        stepped_s, version, stood_s = sim.clock(), mate.peer.stage.version, 0.0
+        while sim.clock() < killed_s + 25:
+            await asyncio.sleep(0.05)
+            if mate.peer.stage.version > version:
+                stood_s = max(stood_s, sim.clock() - stepped_s)
+                version, stepped_s = mate.peer.stage.version, sim.clock()
+        training.cancel()
+        assert stood_s < 2.5, f"nobody took a step for {stood_s:.1f} s"
+
+    simulate(test, "network.expire_s=8", "network.announce_s=3")
+
+
 def test_a_stage_of_two_whose_link_is_cut_does_not_split_while_trainers_hear_both():
     async def test(sim):
         await train(sim, 40)

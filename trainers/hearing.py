@@ -21,9 +21,10 @@ class Hearing:
     """The peers of all stages, as one trainer hears them."""
 
     def __init__(self, *, heartbeat_s: float, expire_s: float) -> None:
-        """`expire_s`: so long a silent peer's record lives on, and its mates are told."""
+        """`expire_s`: so long a silent peer's record lives on. Mates are told for twice as long: reading a
+        roster takes seconds while others in the directory do not answer."""
         self._silent_after_s = watch.SILENT_BEATS * heartbeat_s - ROUNDING_S
-        self._expire_s = expire_s
+        self._told_s = 2 * expire_s
         self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat came
         self._stage_of: dict[PeerId, int] = {}
         self._version_of: dict[PeerId, int] = {}  # of those that are heard
@@ -83,7 +84,7 @@ class Hearing:
 
     def silent_mates(self, peer: PeerId, now_s: float) -> list[PeerId]:
         """Others of its stage who do not say anything here."""
-        recent_s, own = now_s - self._expire_s, self._stage_of[peer]
+        recent_s, own = now_s - self._told_s, self._stage_of[peer]
         self._silent = {p: (stage, at_s) for p, (stage, at_s) in self._silent.items() if at_s > recent_s}
         mates = [mate for mate, (stage, _) in self._silent.items() if stage == own and mate != peer]
         return mates[-watch.MAX_SILENT :]
