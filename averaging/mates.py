@@ -17,6 +17,8 @@ from averaging.plan import StepRules, has_quorum
 from averaging.witnesses import NO_WITNESSES, Witnesses
 
 CLAIM_S = 1.0  # for which a peer's word is good that a witness hears it
+# A dead peer's record lives once as long, and is read for longer while others in the directory do not answer.
+DEAD = 2
 MOST_MET = 4096
 
 
@@ -55,11 +57,10 @@ class Mates:
         Who answers lives, also if the roster does not say so: a peer that was away may read one without the
         others, and would go on alone beside them.
         """
-        recent_s, roster = asyncio.get_running_loop().time() - self._rules.expire_s, self.roster()
-        # A roster may be read for longer than the record lives; who is started again is heard.
-        self._dead_s = {p: at for p, at in self._dead_s.items() if at > recent_s or p in roster}
-        self._heard_s = {p: at for p, at in self._heard_s.items() if at > recent_s}
-        known = dict.fromkeys([*roster, *self._heard_s])
+        now_s, expire_s = asyncio.get_running_loop().time(), self._rules.expire_s
+        self._dead_s = {p: at for p, at in self._dead_s.items() if at > now_s - DEAD * expire_s}
+        self._heard_s = {p: at for p, at in self._heard_s.items() if at > now_s - expire_s}
+        known = dict.fromkeys([*self.roster(), *self._heard_s])
         return [*(p for p in known if p not in self._dead_s and p != self._me), self._me]
 
     def voters(self) -> list[PeerId]:
@@ -139,11 +140,15 @@ class Mates:
             suspected = self._dead_s if error.refused else self._unreachable_s
             suspected[error.peer] = asyncio.get_running_loop().time()
 
+    def answers(self, peer: PeerId) -> None:
+        """It lives, perhaps because it has been started again."""
+        self._dead_s.pop(peer, None)
+
     def hear(self, peer: PeerId) -> None:
         """It reports, or answers as one that has a say."""
+        self.answers(peer)
         if peer not in self._auxiliaries():
             self._heard_s[peer] = asyncio.get_running_loop().time()
-            self._dead_s.pop(peer, None)  # it has been started again
             self._unanswered.discard(peer)
             if peer not in self._met_s:
                 self._met_s[peer] = float("-inf") if peer in self.roster() else self._heard_s[peer]

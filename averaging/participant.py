@@ -302,7 +302,8 @@ class Participant:
             plan = plan_of(message, coordinator, self._rules)
         except ProtocolError as error:
             raise LinkError(coordinator, str(error)) from None
-        await self._queries.get_to_know([peer for peer in plan.by_peer if peer != coordinator])
+        known = {*self.mates.roster(), coordinator}
+        await self._queries.get_to_know([peer for peer in plan.by_peer if peer not in known])
         roster = {*self.mates.roster(), *self.mates.live(), coordinator}
         mine = self._report(contributor)
         wrong = check_plan(plan, me=self._network.peer_id, step=step, mine=mine, roster=roster)

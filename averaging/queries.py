@@ -2,7 +2,7 @@
 
 Who answers that it knows of no end of a plan, and hears its coordinator no more, promises never to commit it:
 if the coordinator has vanished, the answers of all settle the matter (`averaging.participant`).
-Who asks here but stands on no roster that this peer has read may be a mate that came a moment ago.
+Who asks here, but is on no roster that was read or counts as dead, may be a mate that came a moment ago.
 
 I/O: one event loop. Design section 6.
 """
@@ -24,7 +24,7 @@ from averaging.plan import StepRules
 
 SERVICE = "step-query"
 DEADLINE_S = 2.0
-MEETINGS = 16  # with strangers, at once
+MEETINGS = 16  # with such as may be mates, at once
 REMEMBERED_PLANS = 256
 T = TypeVar("T")
 
@@ -82,6 +82,7 @@ class Queries:
             info = pb.StepInfo.FromString(frame.header)
         except DecodeError:
             raise LinkError(peer, "malformed answer to a step query") from None
+        self._mates.answers(peer)
         if info.version >= self._version() and not info.helps:
             self._mates.hear(peer)
         return info
@@ -112,7 +113,7 @@ class Queries:
         return info.SerializeToString(), b""
 
     def _meet(self, peer: PeerId) -> "asyncio.Task[None] | None":
-        """Who asks here but stands on no roster that this peer has read may be a mate: ask back."""
+        """Who asks here, but is on no roster that was read or counts as dead, may be a mate: ask back."""
         if peer in self._mates.live():
             return None
         if peer not in self._meeting and len(self._meeting) < MEETINGS:
@@ -121,7 +122,8 @@ class Queries:
         return self._meeting.get(peer)
 
     async def get_to_know(self, peers: Iterable[PeerId]) -> None:
-        """Find out whether they are mates that this peer has not read of: they came a moment ago.
+        """Find out whether they are mates that this peer has not read of, or takes for dead: they may have
+        come, or been started again, a moment ago.
 
         They are asked first: reading the roster takes seconds while others in the directory do not answer.
         """

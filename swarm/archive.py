@@ -27,7 +27,7 @@ from averaging.errors import AveragingError, LinkError
 from averaging.network import Network
 from swarm.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, keep_newest
 from swarm.config import RunConfig
-from swarm.directory import Directory
+from swarm.directory import Directory, read_rosters
 from swarm.donor import Donor
 from swarm.donors import Donors, NoDonorError
 from swarm.holdings import Given, given_of
@@ -144,13 +144,15 @@ class Archive:
                     return step
 
     async def _furthest(self) -> tuple[int, int]:
-        """The version of the stage that is furthest, and about how many steps it takes between two
-        announcements. Raises LinkError."""
-        rosters = [await self._directory.roster(stage) for stage in range(self._config.model.stages)]
-        version = max(map(_claimed, rosters))
-        (seen_s, seen), now_s = self._seen, asyncio.get_running_loop().time()
+        """The version of the stage that is furthest, and about how many steps it takes until peers are asked
+        for one: what they announce is as old as that, and rosters are read twice. Raises LinkError."""
+        time_s = asyncio.get_running_loop().time
+        began_s = time_s()
+        version = max(map(_claimed, await read_rosters(self._directory, self._config.model.stages)))
+        (seen_s, seen), now_s = self._seen, time_s()
         self._seen = now_s, version
-        return version, math.ceil(max(0, version - seen) / (now_s - seen_s) * self._config.network.announce_s)
+        per_s, late_s = max(0, version - seen) / (now_s - seen_s), 2 * (now_s - began_s)
+        return version, math.ceil(per_s * (self._config.network.announce_s + late_s))
 
     async def _save(self, step: int | None) -> Checkpoint:
         """All stages at `step`, or where they stand. Raises AveragingError; nothing is left on disk then."""

@@ -185,7 +185,7 @@ class RebalancingConfig(_Section):
 class ArchiveConfig(_Section):
     """Checkpoints, which the organizer's process writes into the run's folder."""
 
-    every_steps: int = Field(100, ge=0, description="steps from one to the next; 0: no checkpoints")
+    every_steps: int = Field(100, ge=0, description="about so many steps from one to the next; 0: none")
     keep: Positive = Field(3, description="the newest so many stay")
 
 

@@ -134,6 +134,23 @@ def test_a_checkpoint_that_was_missed_is_made_up_for_long_before_the_next_one_is
     simulate(test, f"archive.every_steps={every}", peers=3)
 
 
+def test_checkpoints_are_written_while_the_directory_is_read_slowly(tmp_path):
+    async def test(sim):
+        read = sim.directory.roster
+
+        async def roster(stage):
+            records = await read(stage)
+            await asyncio.sleep(1.5)
+            return records
+
+        archive = await sim.start_archive(tmp_path)
+        sim.directory.roster = roster
+        await train(sim, 900)
+        assert archive.newest is not None and archive.newest.step > 24
+
+    simulate(test, "archive.every_steps=12")
+
+
 def asked(sim, stage: int) -> list:
     """Peers that are to give their state at a version which is yet to come."""
     return [p for p in sim.peers.values() if p.stage == stage and p.peer._holdings._wishes]
