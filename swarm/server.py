@@ -466,7 +466,10 @@ class HopServer:
         hop.job = job  # type: ignore[assignment]
         try:
             await asyncio.wrap_future(job)
-        except (WithdrawnError, NotFiniteError) as error:
+        except WithdrawnError as error:
+            self._drop_failed(hop, str(error), status=pb.STALE)
+            return False
+        except NotFiniteError as error:
             self._drop_failed(hop, str(error))
             return False
         except RuntimeError as error:
@@ -487,12 +490,13 @@ class HopServer:
             self._jobs.drop_graph(hop)
         return not hop.dropped
 
-    def _drop_failed(self, hop: Hop, reason: str) -> None:
+    def _drop_failed(self, hop: Hop, reason: str, *, status: int = pb.ACCEPTED) -> None:
+        """`status` is STALE if not its data are at fault."""
         if hop.dropped:
             return
         self.counters["dropped"] += 1
         log.warning("dropped a microbatch: %s", reason)
-        self._report(hop, pb.DROPPED, reason=reason)
+        self._report(hop, pb.DROPPED, status=status, reason=reason)
         self._drop(hop.route.microbatch)
 
     # to the neighbours and the trainer

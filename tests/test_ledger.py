@@ -204,6 +204,15 @@ def test_a_microbatch_that_is_refused_everywhere_is_given_up():
     assert ledger.in_flight == 0 and ledger.counters["lost"] == 1
 
 
+def test_a_microbatch_is_not_given_up_because_peers_had_not_heard_of_its_trainer():
+    ledger = make_ledger()
+    issue(ledger)
+    flight = next(iter(ledger._flights.values()))
+    for _ in range(20):
+        say(ledger, flight.hops[0].peer, pb.DROPPED, status=pb.STALE, reason="the trainer has not been heard")
+    assert ledger.in_flight == 1 and ledger.counters["lost"] == 0
+
+
 def test_a_supplier_that_supplies_nothing_is_replaced_however_often_its_neighbour_is():
     ledger = make_ledger(retain_until_step=True)
     route = issue(ledger)

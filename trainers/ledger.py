@@ -345,9 +345,12 @@ class Ledger:
     def _dropped(self, flight: Flight, stage: int, event: HopEvent, now_s: float) -> list[Command]:
         if event.status == pb.CLOSED:  # strict: the step was closed with this microbatch in it
             return self._in_closed_step(flight, stage, now_s)
-        if flight.hops[stage].phase < Phase.ACCUMULATED:
-            return self._again(flight, stage, event.peer, event.reason, now_s)
-        return []  # it only supplied its neighbours
+        if flight.hops[stage].phase >= Phase.ACCUMULATED:
+            return []  # it only supplied its neighbours
+        if event.status == pb.STALE:  # it has not heard of this trainer: nothing is wrong with the data
+            flight.avoid.add(event.peer)
+            return self._router.reroute(flight, stage, now_s)
+        return self._again(flight, stage, event.peer, event.reason, now_s)
 
     def _given_up(self, flight: Flight, stage: int, now_s: float) -> list[Command]:
         """The peer that had accumulated this hop has thrown its sum away."""
