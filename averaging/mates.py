@@ -14,11 +14,9 @@ from averaging.bounded import forget_oldest
 from averaging.errors import LinkError
 from averaging.network import PeerId
 from averaging.plan import StepRules, has_quorum
-from averaging.witnesses import NO_WITNESSES, Witnesses
+from averaging.witnesses import NO_WITNESSES, REMEMBERED, Witnesses
 
 CLAIM_S = 1.0  # for which a peer's word is good that a witness hears it
-# A dead peer's record lives once as long, and is read for longer while others in the directory do not answer.
-DEAD = 2
 MOST_MET = 4096
 
 
@@ -46,9 +44,7 @@ class Mates:
         self._dead_s: dict[PeerId, float] = {}  # when their dials were refused
         self._unreachable_s: dict[PeerId, float] = {}  # when they last did not answer
         self._heard_s: dict[PeerId, float] = {}  # who has answered when, and not failed to since
-        self._met_s: dict[
-            PeerId, float
-        ] = {}  # when each was first heard, of those met before they were read of
+        self._met_s: dict[PeerId, float] = {}  # when those met before they were read of were first heard
         self._unanswered: set[PeerId] = set()  # who failed to answer this peer, and has not been heard since
 
     def live(self) -> list[PeerId]:
@@ -58,7 +54,7 @@ class Mates:
         others, and would go on alone beside them.
         """
         now_s, expire_s = asyncio.get_running_loop().time(), self._rules.expire_s
-        self._dead_s = {p: at for p, at in self._dead_s.items() if at > now_s - DEAD * expire_s}
+        self._dead_s = {p: at for p, at in self._dead_s.items() if at > now_s - REMEMBERED * expire_s}
         self._heard_s = {p: at for p, at in self._heard_s.items() if at > now_s - expire_s}
         known = dict.fromkeys([*self.roster(), *self._heard_s])
         return [*(p for p in known if p not in self._dead_s and p != self._me), self._me]

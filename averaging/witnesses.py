@@ -9,6 +9,10 @@ from typing import Final, Protocol
 
 from averaging.network import PeerId
 
+# Times the life of a record: so long those who died or fell silent are remembered, here and by the witnesses.
+# A record may be read for longer than it lives, while others in the directory do not answer.
+REMEMBERED = 2
+
 
 class Witnesses(Protocol):
     def silent(self) -> Collection[PeerId]:

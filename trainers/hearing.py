@@ -11,6 +11,7 @@ Pure.
 from collections import Counter, defaultdict
 
 from averaging.network import PeerId
+from averaging.witnesses import REMEMBERED
 from swarm import watch
 
 MOST_BEHIND = 1  # steps: so far are all but the first, whenever a step closes
@@ -21,10 +22,9 @@ class Hearing:
     """The peers of all stages, as one trainer hears them."""
 
     def __init__(self, *, heartbeat_s: float, expire_s: float) -> None:
-        """`expire_s`: so long a silent peer's record lives on. Mates are told for twice as long: reading a
-        roster takes seconds while others in the directory do not answer."""
+        """`expire_s`: so long a silent peer's record lives on; its mates are told for longer."""
         self._silent_after_s = watch.SILENT_BEATS * heartbeat_s - ROUNDING_S
-        self._told_s = 2 * expire_s
+        self._told_s = REMEMBERED * expire_s
         self._heard_s: dict[PeerId, float] = {}  # when each peer's newest heartbeat came
         self._stage_of: dict[PeerId, int] = {}
         self._version_of: dict[PeerId, int] = {}  # of those that are heard
