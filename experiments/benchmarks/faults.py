@@ -8,14 +8,17 @@ for a part of the time only, so that not the cores limit the run, and could do w
 weakest stage. Dealt by the seed: SIGKILL and SIGTERM of a peer, which is replaced at once, SIGSTOP of a peer
 for 20 s, SIGKILL of the organizer, which is started again 5 s later.
 No fault takes the last peer that serves a stage: who wakes up serves once it has caught up.
-Reported: tokens/s, also against what the peers that served could do, as the undisturbed run shows it; the
-loss at equal tokens, at the last evaluation that both have and as the mean over all evaluations of the second
-half (one alone is 3 % above or below its neighbours); microbatches lost. Ratios are means over the seeds: two
-undisturbed runs of one seed differed by 7 % in tokens/s and 2 % in the loss. Linux.
+Reported: tokens/s, also against what the peers that served could do, as the undisturbed runs right before and
+right after show it (a shared machine may get slower by a tenth within the hour); the loss at equal tokens, of
+the same seed, at the last evaluation that both have and as the mean over all evaluations of the second half
+(one alone is 3 % above or below its neighbours); microbatches lost. What this program computes itself counts
+for neither. Ratios are means over the seeds: two undisturbed runs of one seed differed by 7 % in tokens/s and
+2 % in the loss. Linux.
 """
 
 import argparse
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -62,11 +65,14 @@ class Minutes:
     port: str = "0"  # the organizer's; at first any
     shares: list[float] = field(default_factory=list)  # of the peers of the weakest stage, over time
     starting_s: dict[str, float] = field(default_factory=dict)  # of the cores, by who replaced another
-    busy: float = 0.0  # part of the cores, from the first sample to the last
-    replaced: float = 0.0  # part of the cores that those who replaced others needed to start
+    # Parts of the cores, from the first sample to the last
+    busy: float = 0.0  # with anything but this program
+    watching: float = 0.0  # with this program
+    replaced: float = 0.0  # by those who replaced others, to start
+    summary: dict[str, Any] = field(default_factory=dict)  # the organizer's, in the end
 
-    async def carry_out(self, *, faults: bool) -> dict[str, Any]:
-        """Returns what the organizer's summary holds."""
+    async def carry_out(self, *, faults: bool) -> None:
+        """Leaves the organizer's summary in `summary`."""
         await self._start_organizer()
         address = await self._told("the organizer's address", self._run_folder / "address")
         self.port = address.split("/")[4]  # it will be there again
@@ -85,8 +91,7 @@ class Minutes:
                 raise SystemExit(f"the trainer failed: {last_line(trainer.log)}")
             self.organizer.send_signal(signal.SIGINT)
             await asyncio.wait_for(self.organizer.wait(), END_S)
-            summary: dict[str, Any] = loads((self._run_folder / "summary.json").read_text())
-            return summary
+            self.summary = loads((self._run_folder / "summary.json").read_text())
         finally:
             for task in ending:
                 task.cancel()
@@ -188,7 +193,7 @@ class Minutes:
         assert self.config.local is not None
         wanted = self.config.local.peers(self.config.model.stages)
         first = {child.name for child in self.local.children}
-        began = core_seconds()
+        began, own_began_s = core_seconds(), time.process_time()
         while True:
             pools = Counter(child.stage for child in self._serving())
             self.shares.append(min(pools[stage] / count for stage, count in enumerate(wanted)))
@@ -199,13 +204,27 @@ class Minutes:
                 self.starting_s[self.organizer_log.stem] = cpu_s(self.organizer.pid)
             await asyncio.sleep(LOOK_S)
             busy_s, all_s = (now - then for now, then in zip(core_seconds(), began, strict=True))
-            self.busy, self.replaced = busy_s / all_s, sum(self.starting_s.values()) / all_s
+            own_s = time.process_time() - own_began_s
+            self.busy, self.watching = (busy_s - own_s) / all_s, own_s / all_s
+            self.replaced = sum(self.starting_s.values()) / all_s
+
+    @property
+    def evaluations(self) -> list[dict[str, float]]:
+        """The summary's."""
+        found: list[dict[str, float]] = self.summary["evaluations"]
+        return found
+
+    @property
+    def tokens_per_s(self) -> float:
+        """From the first evaluation, of the initial weights, to the last."""
+        first, last = self.evaluations[0], self.evaluations[-1]
+        return (last["tokens"] - first["tokens"]) / (last["time_s"] - first["time_s"])
 
     def could(self, calm: "Minutes") -> float:
         """What part of the calm run's speed this one could have had, by who lived."""
         if self.options.device_share < 1:
             return sum(self.shares) / len(self.shares)
-        return min(1.0, (1 - self.replaced) / calm.busy)
+        return min(1.0, (1 - self.watching - self.replaced) / calm.busy)
 
     async def _until(self, condition: Callable[[], object], limit_s: float, what: str) -> None:
         end_s = time.monotonic() + limit_s
@@ -227,27 +246,35 @@ def core_seconds() -> tuple[float, float]:
 def cpu_s(process: int) -> float:
     """Seconds for which it and its living children have computed: each has a daemon."""
     ticks = 0
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
-            continue
-        if process in (int(path.parent.name), int(fields[1])):
+    with contextlib.suppress(OSError):  # it has just ended
+        threads = Path(f"/proc/{process}/task").glob("*/children")
+        for each in (process, *(int(child) for path in threads for child in path.read_text().split())):
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def tokens_per_s(evaluations: list[dict[str, float]]) -> float:
-    """From the first evaluation, of the initial weights, to the last."""
-    first, last = evaluations[0], evaluations[-1]
-    return (last["tokens"] - first["tokens"]) / (last["time_s"] - first["time_s"])
+def compare(before: Minutes, faults: Minutes, after: Minutes) -> dict[str, float]:
+    """Minutes with faults against those left alone right before and after: at least one has the same seed."""
+    mean = statistics.geometric_mean
+    could = mean(faults.could(calm) for calm in (before, after))
+    speed = mean(faults.tokens_per_s / calm.tokens_per_s for calm in (before, after))
+    same = [calm for calm in (before, after) if calm.seed == faults.seed]
+    losses = [_losses(calm.evaluations, faults.evaluations) for calm in same]
+    return {
+        "living_peers_could": could,
+        "tokens_per_s": speed,
+        "of_what_living_peers_could": speed / could,
+        "loss": mean(mean(ratios) for ratios in losses),
+        "loss_at_the_end": mean(ratios[-1] for ratios in losses),
+    }
 
 
-def loss_ratio(calm: list[dict[str, float]], faults: list[dict[str, float]]) -> float:
-    """How many times the calm run's loss at equal tokens: the mean over the second half of the tokens."""
+def _losses(calm: list[dict[str, float]], faults: list[dict[str, float]]) -> list[float]:
+    """How many times the calm run's loss at equal tokens, at each evaluation of the second half."""
     last = min(calm[-1]["tokens"], faults[-1]["tokens"])
-    second_half = [e["tokens"] for e in (*calm, *faults) if last / 2 <= e["tokens"] <= last]
-    return statistics.geometric_mean(loss_at(faults, at) / loss_at(calm, at) for at in second_half)
+    second_half = sorted({e["tokens"] for e in (*calm, *faults) if last / 2 <= e["tokens"] <= last})
+    return [loss_at(faults, at) / loss_at(calm, at) for at in second_half]
 
 
 def main() -> None:
@@ -258,27 +285,33 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="of the learning rate's schedule")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--kinds", nargs="+", default=list(FAULTS), choices=list(FAULTS))
-    parser.add_argument("--runs", nargs="+", default=["calm", "faults"], choices=["calm", "faults"])
+    parser.add_argument("--only", choices=["calm", "faults"], help="runs of one kind, without a comparison")
     parser.add_argument("--folder", type=Path, default=None, help="keep all files there")
     parser.add_argument("--set", dest="sets", action="append", default=[], help="as of swarm run")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    ratios: list[dict[str, float]] = []
+    kinds = [options.only] if options.only else ["calm", "faults"]
+    order = [(seed, kind) for seed in options.seeds for kind in kinds]
+    if not options.only:
+        order.append((options.seeds[-1], "calm"))  # every run with faults between two without
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        for seed in options.seeds:
-            compared, found = _compare(options, seed, folder / f"seed-{seed}")
-            rows += compared
-            ratios.append(found)
-    means = {name: statistics.geometric_mean(each[name] for each in ratios) for name in ratios[0]}
+        runs = [
+            _run(options, seed, kind, folder / f"{number}-{kind}-seed-{seed}")
+            for number, (seed, kind) in enumerate(order)
+        ]
+    rows = [_row(kind, run) for (_, kind), run in zip(order, runs, strict=True)]
+    means: dict[str, float] = {}
+    if not options.only:
+        compared = [compare(*runs[at : at + 3]) for at in range(0, len(runs) - 2, 2)]
+        means = {name: statistics.geometric_mean(each[name] for each in compared) for name in compared[0]}
+        for row, each in zip(rows[1::2], compared, strict=True):
+            row |= each
     report("faults", rows, means, options.json)
 
 
-def _compare(
-    options: argparse.Namespace, seed: int, folder: Path
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Both runs of a seed: a row of each, and how they compare."""
+def _run(options: argparse.Namespace, seed: int, kind: str, folder: Path) -> Minutes:
+    """With the run's summary; its files in `folder`."""
     overrides = [
         f"training.steps={options.steps}",
         f"training.seed={seed}",
@@ -287,43 +320,31 @@ def _compare(
         "monitor.wandb=disabled",
         *options.sets,
     ]
-    runs = {}
-    for name in options.runs:
-        (folder / name).mkdir(parents=True)
-        config = load_run(RUN_FILE, [*overrides, f"local.device_share={options.device_share}"])
-        runs[name] = Minutes(config, overrides, folder / name, options, seed)
-    summaries = {name: asyncio.run(run.carry_out(faults=name == "faults")) for name, run in runs.items()}
-    rows = [_row(name, runs[name], summaries[name], summaries) for name in runs]
-    calm, faults = rows[0], rows[-1]
-    could = runs[options.runs[-1]].could(runs[options.runs[0]])
-    return rows, {
-        "living_peers_could": could,
-        "tokens_per_s": faults["tokens/s"] / calm["tokens/s"],
-        "of_what_living_peers_could": faults["tokens/s"] / (calm["tokens/s"] * could),
-        "loss": loss_ratio(*(summaries[options.runs[i]]["evaluations"] for i in (0, -1))),
-        "loss_at_the_end": faults["loss at equal tokens"] / calm["loss at equal tokens"],
-    }
+    folder.mkdir(parents=True)
+    config = load_run(RUN_FILE, [*overrides, f"local.device_share={options.device_share}"])
+    run = Minutes(config, overrides, folder, options, seed)
+    asyncio.run(run.carry_out(faults=kind == "faults"))
+    return run
 
 
-def _row(name: str, run: Minutes, summary: dict[str, Any], all_: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    evaluations = summary["evaluations"]
-    tokens = min(each["evaluations"][-1]["tokens"] for each in all_.values())
-    microbatches = summary["microbatches"]
+def _row(kind: str, run: Minutes) -> dict[str, Any]:
+    microbatches = run.summary["microbatches"]
     return {
         "seed": run.seed,
-        "run": name,
-        "tokens/s": tokens_per_s(evaluations),
+        "run": kind,
+        "tokens/s": run.tokens_per_s,
         "peers of the weakest": sum(run.shares) / len(run.shares),
         "cores busy": run.busy,
+        "cores to watch": run.watching,
         "cores to replace": run.replaced,
-        "loss at equal tokens": loss_at(evaluations, tokens),
-        "tokens": tokens,
-        "steps": summary["steps"],
-        "staleness": summary["staleness_steps"],
+        "loss in the end": run.evaluations[-1]["loss"],
+        "tokens": run.evaluations[-1]["tokens"],
+        "steps": run.summary["steps"],
+        "staleness": run.summary["staleness_steps"],
         "rerouted": microbatches["rerouted_hops"],
         "lost": microbatches["lost"],
-        "drifted": summary["drifted_states"],
-        **{kind: run.dealt[kind] for kind in FAULTS},
+        "drifted": run.summary["drifted_states"],
+        **{fault: run.dealt[fault] for fault in FAULTS},
     }
 
 

@@ -30,14 +30,18 @@ def machine() -> str:
 def report(
     benchmark: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float], as_json: bool
 ) -> None:
-    """Print the rows as a table and the ratios; with `as_json` end in one line of JSON."""
+    """Print the rows as a table and the ratios; with `as_json` end in one line of JSON.
+
+    What is too wide for the terminal has one line per figure instead.
+    """
     console = Console()
-    table = Table(title=f"{benchmark}, {time.strftime('%Y-%m-%d')}, {machine()}", title_justify="left")
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(_text(row.get(column, "")) for column in columns))
+    cells = [[_text(row.get(column, "")) for column in columns] for row in rows]
+    table = _table(columns, cells)
+    if console.measure(table, options=console.options.update(max_width=10_000)).maximum > console.width:
+        lines = [[column, *values] for column, values in zip(columns, zip(*cells, strict=True), strict=True)]
+        table = _table(["", *map(str, range(1, len(rows) + 1))], lines)
+    console.print(f"{benchmark}, {time.strftime('%Y-%m-%d')}, {machine()}", highlight=False)
     console.print(table)
     report_ratios(benchmark, rows, ratios, as_json)
 
@@ -66,5 +70,16 @@ def median_s(work: Callable[[], object], runs: int, warm_up: int = 2) -> float:
     return statistics.median(times)
 
 
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def _text(value: Any) -> str:
-    return f"{value:,.3f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+    return str(value)
