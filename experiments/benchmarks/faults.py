@@ -197,11 +197,15 @@ class Minutes:
         while True:
             pools = Counter(child.stage for child in self._serving())
             self.shares.append(min(pools[stage] / count for stage, count in enumerate(wanted)))
-            for child in self.local.children:
-                if child.name not in first and child.running and SERVES not in child.log.read_text():
-                    self.starting_s[child.name] = cpu_s(child.process.pid)
+            starting = {
+                child.name: child.process.pid
+                for child in self.local.children
+                if child.name not in first and child.running and SERVES not in child.log.read_text()
+            }
             if self.dealt["organizer"] and LEADS not in self.organizer_log.read_text():
-                self.starting_s[self.organizer_log.stem] = cpu_s(self.organizer.pid)
+                starting[self.organizer_log.stem] = self.organizer.pid
+            for name, process in starting.items():  # one that has been killed meanwhile shows nothing
+                self.starting_s[name] = max(cpu_s(process), self.starting_s.get(name, 0.0))
             await asyncio.sleep(LOOK_S)
             busy_s, all_s = (now - then for now, then in zip(core_seconds(), began, strict=True))
             own_s = time.process_time() - own_began_s
