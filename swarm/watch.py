@@ -30,7 +30,7 @@ from swarm.config import NetworkConfig
 
 SERVICE = "watch"
 GOODBYE_S, LOOK_S = 1.0, 0.01
-QUIET_BEATS = 2  # heartbeats that a trainer misses before it gives a peer no more work for now
+QUIET_BEATS = 1.25  # of silence before a trainer gives a peer no more work for now: one beat is late
 SILENT_BEATS = 4  # ... and before it tells the peer's mates
 MAX_SILENT = 64  # mates, in one ping
 MAX_EVENTS = 20_000  # for a trainer that does not read: its session ends

@@ -118,7 +118,7 @@ class Schedule:
         feeding = asyncio.create_task(self.feed())
         breaking = asyncio.create_task(self.break_things())
         try:
-            await sim.until(lambda: breaking.done() and self.all_settled(), 400)
+            await sim.until(lambda: breaking.done() and self.all_settled() and self.all_served(), 400)
         finally:
             feeding.cancel()
             breaking.cancel()
@@ -160,6 +160,11 @@ class Schedule:
         while self.settled_below < self.counted and settled(self.settled_below.to_bytes(16, "big")):
             self.settled_below += 1
         return self.settled_below == self.counted
+
+    def all_served(self) -> bool:
+        """Has every stage a peer with its state? One that was lost may have had nothing left to settle."""
+        known = self.sim.pipeline.ledger.peers
+        return len({peer.stage for peer in self.sim.peers.values() if peer.id in known}) == 3
 
     async def feed(self) -> None:
         """In bursts, for as long as this lasts."""

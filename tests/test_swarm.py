@@ -510,6 +510,24 @@ def test_who_was_away_and_reads_a_roster_without_the_others_takes_no_step_alone(
     simulate(test)
 
 
+def test_who_stops_gets_no_more_work_once_a_heartbeat_is_late_and_is_silent_after_four():
+    async def test(sim):
+        wirings, hearing = sim.pipeline._wirings, sim.pipeline.hearing
+        training = asyncio.ensure_future(train(sim, 100))
+        while not training.done():
+            assert not any(wiring.suspended for wiring in wirings), "all of them live"
+            await asyncio.sleep(0.02)
+        stopped, mate = (p.id for p in sim.peers.values() if p.stage == 1)
+        beat_s, stopped_s = sim.config.network.heartbeat_s, sim.clock()
+        sim.hub.hang(stopped)
+        await sim.until(lambda: stopped in wirings[1].suspended)
+        assert sim.clock() - stopped_s < 1.4 * beat_s
+        await sim.until(lambda: hearing.silent_mates(mate, sim.clock()) == [stopped])
+        assert 3 * beat_s <= sim.clock() - stopped_s < 4.7 * beat_s
+
+    simulate(test)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_stage_of_two_goes_on_when_trainers_too_hear_one_of_them_no_more(first):
     """A mate alone cannot tell who has stopped from who is behind a broken link and goes on; trainers can."""

@@ -231,18 +231,21 @@ class Pipeline:
         """Feed what the peer says to the ledger until it says goodbye. Raises LinkError."""
         peer, beat_s = stream.remote, self._config.network.heartbeat_s
         lease_s, heard_s, first = self._config.network.lease_s, self._clock(), True
+        wait_s = watch.QUIET_BEATS * beat_s
         # A peer that had been given up must not go on with hops that are with others by now.
         await stream.send(pb.WatchPing(session=self.session, fresh=not again).SerializeToString())
         while True:
             try:
-                async with asyncio.timeout(watch.QUIET_BEATS * beat_s):
+                async with asyncio.timeout(wait_s):
                     frame = await stream.receive()
             except TimeoutError:
                 if self._clock() - heard_s > lease_s:
                     raise LinkError(peer, f"silent for {lease_s:.1f} s") from None
                 self._wirings[stage].suspend(peer, True)
                 self.hearing.missed(peer, self._clock())
+                wait_s = beat_s / 2
                 continue
+            wait_s = watch.QUIET_BEATS * beat_s
             if frame is None:
                 return True
             try:
