@@ -43,20 +43,22 @@ class Pass(_message.Message):
     def __init__(self, values: _Optional[int] = ..., fine: _Optional[int] = ...) -> None: ...
 
 class StepReport(_message.Message):
-    __slots__ = ("step", "weight", "state_hash", "passes", "bandwidth", "mode")
+    __slots__ = ("step", "weight", "state_hash", "passes", "bandwidth", "mode", "dated")
     STEP_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     STATE_HASH_FIELD_NUMBER: _ClassVar[int]
     PASSES_FIELD_NUMBER: _ClassVar[int]
     BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
+    DATED_FIELD_NUMBER: _ClassVar[int]
     step: int
     weight: float
     state_hash: bytes
     passes: _containers.RepeatedCompositeFieldContainer[Pass]
     bandwidth: float
     mode: int
-    def __init__(self, step: _Optional[int] = ..., weight: _Optional[float] = ..., state_hash: _Optional[bytes] = ..., passes: _Optional[_Iterable[_Union[Pass, _Mapping]]] = ..., bandwidth: _Optional[float] = ..., mode: _Optional[int] = ...) -> None: ...
+    dated: bool
+    def __init__(self, step: _Optional[int] = ..., weight: _Optional[float] = ..., state_hash: _Optional[bytes] = ..., passes: _Optional[_Iterable[_Union[Pass, _Mapping]]] = ..., bandwidth: _Optional[float] = ..., mode: _Optional[int] = ..., dated: _Optional[bool] = ...) -> None: ...
 
 class Frozen(_message.Message):
     __slots__ = ("ids",)

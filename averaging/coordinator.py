@@ -277,7 +277,7 @@ class Coordinator:
     def _send_drifted_away(self, ballot: Ballot) -> bool:
         """Reporters whose state is not the majority's must fetch it before they can average."""
         stated = {p: r.state_hash for p, r in ballot.reports.items() if r.mode is not Mode.AUXILIARY}
-        majority = majority_hash(stated)
+        majority = majority_hash(stated, [p for p in stated if ballot.reports[p].dated])
         drifted = [peer for peer, state in stated.items() if state != majority]
         for peer in drifted:
             log.warning("step %d: %s holds another state than the majority", ballot.step, peer[-8:])

@@ -88,6 +88,10 @@ class Mates:
         going = self._electors(set(peers) - self._unanswered.intersection(self._witnesses.silent()))
         return not certain.isdisjoint(going) and going.issubset(present)
 
+    def was_away_since(self, at_s: float) -> bool:
+        """Has no witness heard this peer for a while since then? Others may have closed a step without it."""
+        return self._witnesses.heard_since() > at_s
+
     def is_heard(self) -> bool:
         """May this peer say that a witness hears it? It is believed for `CLAIM_S`."""
         return self._witnesses.hear_this(CLAIM_S)

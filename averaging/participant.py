@@ -140,6 +140,7 @@ class Participant:
         self._seen_plans: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
         self._finishing: set[asyncio.Task[None]] = set()
         self._pending: bytes = b""  # the plan whose coordinator is still heard
+        self._planned_s = float("-inf")  # when the plan came of the newest step that was closed here
         self.reporting_to: PeerId = ""
         self.coordinator = Coordinator(
             network=network,
@@ -246,7 +247,9 @@ class Participant:
         self.reporting_to = coordinator
         try:
             plan = await self._report_until_plan(stream, step, contributor)
+            planned_s = asyncio.get_running_loop().time()
             mean = await self._carry_out(plan, stream, contributor)
+            self._planned_s = planned_s
             self._finish_soon(stream)
             return mean
         except BaseException:
@@ -316,7 +319,9 @@ class Participant:
 
     def _report(self, contributor: Contributor) -> Report:
         bandwidth = self._all_reduce.uplink.reported
-        return Report(contributor.weight, contributor.state_hash, contributor.passes, bandwidth, self._mode)
+        dated = self.mates.was_away_since(self._planned_s)
+        weight, state_hash, passes = contributor.weight, contributor.state_hash, contributor.passes
+        return Report(weight, state_hash, passes, bandwidth, self._mode, dated)
 
     async def _keep_reporting(self, stream: Stream, step: int, contributor: Contributor) -> None:
         """Whenever there is news; and now and then in any case, or this member would be thought silent."""

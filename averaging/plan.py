@@ -74,6 +74,7 @@ class Report:
     passes: tuple[Pass, ...] = ()  # none for an auxiliary
     bandwidth: float = 0.0  # bytes per second; 0 if unknown
     mode: Mode = Mode.MEMBER
+    dated: bool = False  # no witness heard it for a while since: the others may have gone on without it
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +245,13 @@ def check_plan(plan: Plan, *, me: PeerId, step: int, mine: Report, roster: Colle
     return None
 
 
-def majority_hash(hashes: Mapping[PeerId, bytes]) -> bytes | None:
-    """The state that most peers hold; ties go to the smallest peer id's. None if there are no hashes."""
+def majority_hash(hashes: Mapping[PeerId, bytes], dated: Collection[PeerId] = ()) -> bytes | None:
+    """The state that most peers hold; ties go to the smallest peer id's. None if there are no hashes.
+
+    Those whose state is `dated` have a say only if it is everybody's: one of a pair that stops when it has
+    closed a step, before the other hears of that, wakes up beside one that had to close it without it.
+    """
+    hashes = {peer: value for peer, value in hashes.items() if peer not in dated} or hashes
     if not hashes:
         return None
     votes: dict[bytes, int] = {}

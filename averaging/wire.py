@@ -26,6 +26,7 @@ def report_message(step: int, report: Report) -> pb.StepReport:
         passes=_pass_messages(report.passes),
         bandwidth=report.bandwidth,
         mode=MODES.index(report.mode),
+        dated=report.dated,
     )
 
 
@@ -42,7 +43,7 @@ def report_of(message: pb.StepReport, sender: PeerId) -> Report:
     if not fine:
         raise ProtocolError(sender, f"report of weight {message.weight:g} for step {message.step}")
     passes, mode = _passes(message.passes, sender), MODES[message.mode]
-    return Report(message.weight, message.state_hash, passes, message.bandwidth, mode)
+    return Report(message.weight, message.state_hash, passes, message.bandwidth, mode, message.dated)
 
 
 def _pass_messages(passes: Iterable[Pass]) -> list[pb.Pass]:

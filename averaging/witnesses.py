@@ -26,6 +26,11 @@ class Witnesses(Protocol):
         """
         ...
 
+    def heard_since(self) -> float:
+        """Since when some of them have heard this peer without a break: its mates may not have waited for it
+        before. In seconds of the event loop's clock; -inf without any, inf if none of them does now."""
+        ...
+
     def version(self) -> int:
         """Of the mate that is furthest, as far as all of them say."""
         ...
@@ -39,6 +44,9 @@ class NoWitnesses:
 
     def hear_this(self, for_s: float = 0.0) -> bool:
         return True
+
+    def heard_since(self) -> float:
+        return float("-inf")
 
     def version(self) -> int:
         return 0

@@ -78,6 +78,7 @@ class Watchers:
         self._status, self._history, self._on_end = status, history, on_end
         self._sessions: dict[tuple[PeerId, bytes], Session] = {}
         self._ready = False
+        self._heard_since_s = float("-inf")
         self._lost_s: dict[
             PeerId, float
         ] = {}  # trainers that may watch others still, and when they were lost
@@ -114,12 +115,20 @@ class Watchers:
             return not self._lost_lately
         return any(self._is_heard(session, for_s) for session in self._sessions.values())
 
+    def heard_since(self) -> float:
+        """Since when there has always been a trainer that hears it; inf if none does now."""
+        return self._heard_since_s if self.hear_this() else float("inf")
+
     def version(self) -> int:
         """Of the mate that is furthest, as all trainers say: one alone cannot hold the stage up."""
         return min((s.version for s in self._sessions.values() if self._is_heard(s)), default=0)
 
     def _is_heard(self, session: Session, for_s: float = 0.0) -> bool:
         return self._clock() + for_s < session.said_s + SILENT_BEATS * self._settings.heartbeat_s
+
+    def _note_break(self) -> None:
+        if not any(map(self._is_heard, self._sessions.values())):
+            self._heard_since_s = self._clock()
 
     @property
     def _lost_lately(self) -> bool:
@@ -214,6 +223,7 @@ class Watchers:
         """Renew the lease with every echo."""
         while (ping := await self._ping(stream)) is not None:
             if ping.echo_s <= self._clock():  # never beyond what this clock has stamped
+                self._note_break()
                 session.lease_until_s = max(session.lease_until_s, ping.echo_s + self._settings.lease_s)
                 session.said_s = max(session.said_s, ping.echo_s)
                 session.silent, session.version = frozenset(ping.silent), ping.version
@@ -248,6 +258,7 @@ class Watchers:
                 self._lost_s.pop(session.trainer, None)
                 self._lost_s[session.trainer] = self._clock()
                 forget_oldest(self._lost_s, MAX_SESSIONS)
+                self._note_break()
             self._on_end(session)
         else:
             asyncio.get_running_loop().call_later(left_s + 0.01, self._expire, session)

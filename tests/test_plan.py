@@ -114,6 +114,12 @@ def test_majority_state_wins_and_ties_go_to_the_smallest_peer():
     assert majority_hash({}) is None
 
 
+def test_a_dated_state_loses_to_any_other_but_stands_if_all_are_dated():
+    hashes = {"a": b"x", "b": b"x", "c": b"y"}
+    assert majority_hash(hashes, dated=["a", "b"]) == b"y"
+    assert majority_hash(hashes, dated=["a", "b", "c"]) == b"x"
+
+
 @pytest.mark.parametrize(
     "values,members,align", [(1, 2, 512), (512, 3, 512), (100_000, 7, 512), (5000, 2, 1)]
 )

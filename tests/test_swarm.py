@@ -549,6 +549,29 @@ def test_a_stage_of_two_goes_on_when_trainers_too_hear_one_of_them_no_more(first
     simulate(test, "network.expire_s=20")
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_closed_without_one_that_stopped_stands_when_it_wakes_up_with_another(first):
+    """It had closed that step for both, but its mate could not know."""
+
+    async def test(sim):
+        await train(sim, 20)
+        pair = sorted(p.id for p in sim.peers.values() if p.stage == 1)
+        stopped, mate = (sim.peers[name] for name in (pair if first else reversed(pair)))
+        sim.hub.link = lambda a, b: Link(latency_s=0.2 * (a != b))  # a verdict is under way for a while
+        training = asyncio.ensure_future(train(sim, 120, first=20))
+        await sim.until(lambda: stopped.peer.stage.version > mate.peer.stage.version, 60)
+        sim.hub.hang(stopped.id)
+        version = mate.peer.stage.version + 1
+        await sim.until(lambda: mate.peer.stage.version == version, 30)
+        alone = (1, version, mate.peer.stage.hash())
+        sim.hub.resume(stopped.id)
+        await training
+        assert len(sim.hashes[1, version]) == 2, "one of them was closed without the other"
+        assert alone in sim.steps_to(sim.newest(1))
+
+    simulate(test, "network.expire_s=20")
+
+
 @pytest.mark.parametrize("role", ["coordinator", "member"])
 def test_a_stage_of_two_goes_on_at_once_when_one_stops_in_the_middle_of_a_step(role):
     """Nobody else can say what became of the plan, but all say that whoever could is silent."""

@@ -89,6 +89,37 @@ def test_a_peer_is_heard_if_some_trainer_answers_or_none_was_there():
     assert said_goodbye.watchers.hear_this()
 
 
+def test_a_peer_has_been_heard_since_it_last_came_back():
+    async def test():
+        told = Told(t=0.1)
+        await told.watchers.start()
+        told.watchers.ready()
+        stream = await told.hub.network("t").open("me", SERVICE)
+
+        async def echo() -> None:
+            ping = pb.WatchPing(session=b"12345678", echo_s=told.now_s)
+            await stream.send(ping.SerializeToString())
+            await asyncio.sleep(0.1)
+
+        await echo()
+        for _ in range(5):
+            told.now_s += told.settings.heartbeat_s
+            await echo()
+        assert told.watchers.heard_since() == float("-inf"), "never was there a break"
+        told.now_s += SILENT_BEATS * told.settings.heartbeat_s
+        await echo()
+        assert told.watchers.heard_since() == told.now_s
+        told.now_s += SILENT_BEATS * told.settings.heartbeat_s
+        assert told.watchers.heard_since() == float("inf"), "nobody hears it"
+        told["t"].lease_until_s = told.now_s
+        stream.abort()
+        await asyncio.sleep(0.1)
+        told.now_s += told.settings.expire_s
+        assert told.watchers.hear_this() and told.watchers.heard_since() > NOW_S, "nobody is there any more"
+
+    virtual_time.run(test())
+
+
 def test_one_trainer_alone_cannot_say_that_the_stage_is_further():
     told = Told(t=0.1, u=0.1)
     told["t"].version, told["u"].version = 1 << 60, 7
