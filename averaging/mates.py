@@ -89,8 +89,9 @@ class Mates:
         return not certain.isdisjoint(going) and going.issubset(present)
 
     def was_away_since(self, at_s: float) -> bool:
-        """Has no witness heard this peer for a while since then? Others may have closed a step without it."""
-        return self._witnesses.heard_since() > at_s
+        """Has there been a time since then when no witness heard this peer? Others may have closed a step
+        without it. True of one that witnesses have just found."""
+        return self._witnesses.heard_for_s() < asyncio.get_running_loop().time() - at_s
 
     def is_heard(self) -> bool:
         """May this peer say that a witness hears it? It is believed for `CLAIM_S`."""

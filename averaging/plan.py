@@ -10,6 +10,7 @@ Pure. Source: rotation and one decision per step are ours.
 import hashlib
 import math
 import struct
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,7 +75,7 @@ class Report:
     passes: tuple[Pass, ...] = ()  # none for an auxiliary
     bandwidth: float = 0.0  # bytes per second; 0 if unknown
     mode: Mode = Mode.MEMBER
-    dated: bool = False  # no witness heard it for a while since: the others may have gone on without it
+    dated: bool = False  # no witness heard it for a while since its last step: others may have gone on
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,16 +247,12 @@ def check_plan(plan: Plan, *, me: PeerId, step: int, mine: Report, roster: Colle
 
 
 def majority_hash(hashes: Mapping[PeerId, bytes], dated: Collection[PeerId] = ()) -> bytes | None:
-    """The state that most peers hold; ties go to the smallest peer id's. None if there are no hashes.
+    """The state that most peers hold. None if there are no hashes.
 
-    Those whose state is `dated` have a say only if it is everybody's: one of a pair that stops when it has
-    closed a step, before the other hears of that, wakes up beside one that had to close it without it.
+    Ties go to the one that fewer `dated` peers hold, then to the smallest peer id's: one of a pair that stops
+    when it has closed a step, before the other hears of that, wakes up beside one that had to close it alone.
+    A claim not to be dated decides nothing else: strangers make it.
     """
-    hashes = {peer: value for peer, value in hashes.items() if peer not in dated} or hashes
-    if not hashes:
-        return None
-    votes: dict[bytes, int] = {}
-    for value in hashes.values():
-        votes[value] = votes.get(value, 0) + 1
-    best = max(votes.values())
-    return next(hashes[peer] for peer in sorted(hashes) if votes[hashes[peer]] == best)
+    votes, dated_votes = Counter(hashes.values()), Counter(hashes[peer] for peer in dated)
+    ranked = sorted(hashes, key=lambda peer: (-votes[hashes[peer]], dated_votes[hashes[peer]], peer))
+    return hashes[ranked[0]] if ranked else None

@@ -26,9 +26,9 @@ class Witnesses(Protocol):
         """
         ...
 
-    def heard_since(self) -> float:
-        """Since when some of them have heard this peer without a break: its mates may not have waited for it
-        before. In seconds of the event loop's clock; -inf without any, inf if none of them does now."""
+    def heard_for_s(self) -> float:
+        """For how long some of them have heard this peer without a break: before, its mates may not have
+        waited for it. 0 if none of them does now, inf if there was none so far."""
         ...
 
     def version(self) -> int:
@@ -45,8 +45,8 @@ class NoWitnesses:
     def hear_this(self, for_s: float = 0.0) -> bool:
         return True
 
-    def heard_since(self) -> float:
-        return float("-inf")
+    def heard_for_s(self) -> float:
+        return float("inf")
 
     def version(self) -> int:
         return 0

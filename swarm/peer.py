@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -49,6 +48,7 @@ from swarm.speed import SpeedMeter
 from swarm.stage import Accumulator, Stage
 from swarm.state import StateLoader
 from swarm.update import AppliedStep, Updater
+from swarm.watch import lease_clock
 
 REFETCH_PAUSE_S = 0.2
 NEWER_S, FEW_STEPS = 60.0, 8  # wait so long for a newer state than one that is so far behind
@@ -75,7 +75,7 @@ class Peer:
         last_state: LastState | None = None,
         addresses: tuple[str, ...] = (),
         uplink: UplinkMeter | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = lease_clock,
         rng: random.Random | None = None,
         on_step: Callable[[AppliedStep], None] = lambda done: None,
         on_loading: Callable[[Loading], None] = lambda loading: None,

@@ -16,6 +16,7 @@ I/O: one event loop; `may_accumulate` is also called by the compute thread.
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -36,6 +37,11 @@ MAX_SILENT = 64  # mates, in one ping
 MAX_EVENTS = 20_000  # for a trainer that does not read: its session ends
 MAX_SESSIONS, SESSIONS_EACH = 64, 4
 LOADING = pb.WatchFrame(loading=True).SerializeToString()
+
+
+def lease_clock() -> float:
+    """Seconds that go on while the machine sleeps, where the system can tell: leases run out meanwhile."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(slots=True)
@@ -115,9 +121,9 @@ class Watchers:
             return not self._lost_lately
         return any(self._is_heard(session, for_s) for session in self._sessions.values())
 
-    def heard_since(self) -> float:
-        """Since when there has always been a trainer that hears it; inf if none does now."""
-        return self._heard_since_s if self.hear_this() else float("inf")
+    def heard_for_s(self) -> float:
+        """For how long there has always been a trainer that hears it; 0 if none does now."""
+        return self._clock() - self._heard_since_s if self.hear_this() else 0.0
 
     def version(self) -> int:
         """Of the mate that is furthest, as all trainers say: one alone cannot hold the stage up."""
@@ -127,6 +133,7 @@ class Watchers:
         return self._clock() + for_s < session.said_s + SILENT_BEATS * self._settings.heartbeat_s
 
     def _note_break(self) -> None:
+        """Nobody hears this peer, or did before the message that has just come."""
         if not any(map(self._is_heard, self._sessions.values())):
             self._heard_since_s = self._clock()
 
@@ -258,7 +265,7 @@ class Watchers:
                 self._lost_s.pop(session.trainer, None)
                 self._lost_s[session.trainer] = self._clock()
                 forget_oldest(self._lost_s, MAX_SESSIONS)
-                self._note_break()
+            self._note_break()
             self._on_end(session)
         else:
             asyncio.get_running_loop().call_later(left_s + 0.01, self._expire, session)

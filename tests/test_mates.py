@@ -26,8 +26,8 @@ class Trainers:
     def hear_this(self, for_s: float = 0.0) -> bool:
         return self.hear_me
 
-    def heard_since(self) -> float:
-        return float("-inf")
+    def heard_for_s(self) -> float:
+        return float("inf")
 
     def version(self) -> int:
         return 0

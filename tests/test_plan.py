@@ -114,10 +114,12 @@ def test_majority_state_wins_and_ties_go_to_the_smallest_peer():
     assert majority_hash({}) is None
 
 
-def test_a_dated_state_loses_to_any_other_but_stands_if_all_are_dated():
-    hashes = {"a": b"x", "b": b"x", "c": b"y"}
-    assert majority_hash(hashes, dated=["a", "b"]) == b"y"
-    assert majority_hash(hashes, dated=["a", "b", "c"]) == b"x"
+def test_of_states_that_as_many_hold_the_less_dated_one_wins_but_not_over_a_majority():
+    assert majority_hash({"a": b"x", "b": b"y"}, dated=["a"]) == b"y"
+    assert majority_hash({"a": b"x", "b": b"y"}, dated=["a", "b"]) == b"x"
+    pairs = {"a": b"x", "b": b"x", "c": b"y", "d": b"y"}
+    assert majority_hash(pairs, dated=["b"]) == b"y"
+    assert majority_hash({"a": b"x", "b": b"x", "c": b"y"}, dated=["a", "b"]) == b"x"
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_a_peer_is_heard_if_some_trainer_answers_or_none_was_there():
     assert said_goodbye.watchers.hear_this()
 
 
-def test_a_peer_has_been_heard_since_it_last_came_back():
+def test_a_peer_knows_for_how_long_it_has_been_heard():
     async def test():
         told = Told(t=0.1)
         await told.watchers.start()
@@ -105,17 +105,19 @@ def test_a_peer_has_been_heard_since_it_last_came_back():
         for _ in range(5):
             told.now_s += told.settings.heartbeat_s
             await echo()
-        assert told.watchers.heard_since() == float("-inf"), "never was there a break"
+        assert told.watchers.heard_for_s() == float("inf"), "never was there a break"
         told.now_s += SILENT_BEATS * told.settings.heartbeat_s
         await echo()
-        assert told.watchers.heard_since() == told.now_s
+        assert told.watchers.heard_for_s() == 0.0
+        told.now_s += told.settings.heartbeat_s
+        assert told.watchers.heard_for_s() == told.settings.heartbeat_s
         told.now_s += SILENT_BEATS * told.settings.heartbeat_s
-        assert told.watchers.heard_since() == float("inf"), "nobody hears it"
+        assert told.watchers.heard_for_s() == 0.0, "nobody hears it"
         told["t"].lease_until_s = told.now_s
         stream.abort()
         await asyncio.sleep(0.1)
         told.now_s += told.settings.expire_s
-        assert told.watchers.hear_this() and told.watchers.heard_since() > NOW_S, "nobody is there any more"
+        assert told.watchers.hear_this() and told.watchers.heard_for_s() == told.settings.expire_s
 
     virtual_time.run(test())
 
