@@ -79,6 +79,7 @@ class LocalRun:
         self._numbers = {"peer": 0, "trainer": 0}
         self.children: list[Child] = []
         self.kills: list[Kill] = []
+        self._killed_by_others: set[str] = set()
         self.left = left_running(folder)  # by an organizer that died: they end with these
         (folder / "logs").mkdir(parents=True, exist_ok=True)
 
@@ -146,9 +147,17 @@ class LocalRun:
         self.kills.append(kill)
         return kill
 
+    def killed_by_others(self) -> list[Child]:
+        """Peers that somebody has killed since the last look: the system, if memory is short, or a user."""
+        known = {kill.name for kill in self.kills} | self._killed_by_others
+        peers = [c for c in self.children if c.kind == "peer" and c.name not in known]
+        found = [c for c in peers if c.process.returncode == -signal.SIGKILL]
+        self._killed_by_others.update(child.name for child in found)
+        return found
+
     def failed(self) -> Child | None:
         """A child that ended by itself with an error."""
-        killed = {kill.name for kill in self.kills}
+        killed = {kill.name for kill in self.kills} | self._killed_by_others
         return next(
             (c for c in self.children if c.process.returncode not in (None, 0) and c.name not in killed), None
         )

@@ -141,6 +141,7 @@ class _Watch:
                     live.update(table, refresh=True)
                 elif (time.time() - self._began) % PLAIN_LINE_S < period_s:
                     self._console.print(table)
+                await self._replace_the_killed()
                 self._raise_if_a_child_failed()
                 if archiving.done() and not self._says_archive_failed:
                     self._says_archive_failed = True  # a run without checkpoints is better than none
@@ -167,6 +168,14 @@ class _Watch:
             self._next_kill = now + (chaos_s if kill else 1.0)
             if kill is not None:
                 await self._local.start_peer(kill.stage)
+
+    async def _replace_the_killed(self) -> None:
+        for child in self._local.killed_by_others():
+            fresh = await self._local.start_peer(child.stage)
+            log.warning(
+                "%s (stage %s) was killed, by a user or for want of memory: %s takes its place",
+                *(child.name, child.stage, fresh.name),
+            )
 
     def _raise_if_a_child_failed(self) -> None:
         failed = self._local.failed()

@@ -186,6 +186,25 @@ def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes
     assert summary["steps"] >= 2 and (run / "loss.png").exists()
 
 
+def test_a_local_peer_that_a_user_kills_is_replaced_and_the_run_goes_on(processes):
+    run = processes.folder / "runs" / "custom-model"
+    command = ["swarm", "run", str(ROOT / "experiments" / "custom_model.yaml")]
+    organizing = processes.start([*command, "--set", "monitor.wandb=disabled"], PYTHONPATH=str(ROOT))
+    until(lambda: steps(run) >= 2 or organizing.poll() is not None, 120, "two steps of the example model")
+    address = (run / "address").read_text().strip().encode()
+    lines = {int(pid.name): _command_line(pid) for pid in Path("/proc").glob("[0-9]*")}
+    (victim,) = [pid for pid, line in lines.items() if address in line and b"\0peer-0\0" in line]
+    os.kill(victim, signal.SIGKILL)
+    fresh = run / "logs" / "peer-4.log"
+    until(lambda: fresh.exists() and "serving stage" in fresh.read_text(), 60, "a fresh peer serves")
+    before = steps(run)
+    until(lambda: steps(run) > before + 2 or organizing.poll() is not None, 60, "the run goes on")
+    assert organizing.poll() is None, processes.logs()
+    assert "peer-0 (stage 0) was killed" in (processes.folder / "0.log").read_text()
+    os.killpg(organizing.pid, signal.SIGINT)
+    organizing.wait(30)
+
+
 def _command_line(process: Path) -> bytes:
     try:
         return (process / "cmdline").read_bytes()
