@@ -95,9 +95,7 @@ class LocalRun:
                 if round_number < count - living.peers[stage]:
                     await self.start_peer(stage)
         for _ in range(local.trainers - living.trainers):
-            bound = () if minutes is None else ("--minutes", f"{minutes:.3f}")
-            number = str(self._numbers["trainer"])
-            await self._start("trainer", None, ["trainers.cli", "trainer", "--number", number, *bound])
+            await self.start_trainer(minutes)
 
     async def start_peer(self, stage: int | None) -> Child:
         """One of `stage`; None: of whichever needs it."""
@@ -108,6 +106,12 @@ class LocalRun:
         arguments += ["--state-folder", str(self._folder / STATES)]
         arguments += ["--name", f"peer-{self._numbers['peer']}", *(["--verbose"] if self._verbose else [])]
         return await self._start("peer", stage, arguments)
+
+    async def start_trainer(self, minutes: float | None) -> Child:
+        """One that ends after so many minutes, or with the run."""
+        bound = () if minutes is None else ("--minutes", f"{minutes:.3f}")
+        number = str(self._numbers["trainer"])
+        return await self._start("trainer", None, ["trainers.cli", "trainer", "--number", number, *bound])
 
     async def _start(self, kind: str, stage: int | None, arguments: Sequence[str]) -> Child:
         name = f"{kind}-{self._numbers[kind]}"
@@ -148,10 +152,9 @@ class LocalRun:
         return kill
 
     def killed_by_others(self) -> list[Child]:
-        """Peers that somebody has killed since the last look: the system, if memory is short, or a user."""
+        """Whom somebody has killed since the last look: the system, if memory is short, or a user."""
         known = {kill.name for kill in self.kills} | self._killed_by_others
-        peers = [c for c in self.children if c.kind == "peer" and c.name not in known]
-        found = [c for c in peers if c.process.returncode == -signal.SIGKILL]
+        found = [c for c in self.children if c.name not in known and c.process.returncode == -signal.SIGKILL]
         self._killed_by_others.update(child.name for child in found)
         return found
 

@@ -133,7 +133,7 @@ class _Watch:
         """Show and record until the trainers are done, the time is over, or a child fails."""
         period_s = self._monitor.config.monitor.period_s
         with Live(console=self._console, auto_refresh=False, transient=False) as live:
-            while not self._is_over():
+            while not await self._is_over():
                 self._monitor.record(len(self._local.kills))
                 await self._chaos()
                 table = self._monitor.table(self._command, self._local.kills)
@@ -141,7 +141,6 @@ class _Watch:
                     live.update(table, refresh=True)
                 elif (time.time() - self._began) % PLAIN_LINE_S < period_s:
                     self._console.print(table)
-                await self._replace_the_killed()
                 self._raise_if_a_child_failed()
                 if archiving.done() and not self._says_archive_failed:
                     self._says_archive_failed = True  # a run without checkpoints is better than none
@@ -149,7 +148,8 @@ class _Watch:
                 await asyncio.sleep(period_s)
             self._raise_if_a_child_failed()
 
-    def _is_over(self) -> bool:
+    async def _is_over(self) -> bool:
+        await self._replace_the_killed()  # or without its only trainer the run would be
         if self._local.trainers_done() if self._local.has_trainers else self._monitor.finished():
             return True
         minutes = self._options.minutes
@@ -171,10 +171,13 @@ class _Watch:
 
     async def _replace_the_killed(self) -> None:
         for child in self._local.killed_by_others():
-            fresh = await self._local.start_peer(child.stage)
+            if child.kind == "peer":
+                fresh = await self._local.start_peer(child.stage)
+            else:
+                minutes, past = self._options.minutes, (time.time() - self._began) / 60
+                fresh = await self._local.start_trainer(None if minutes is None else max(0.1, minutes - past))
             log.warning(
-                "%s (stage %s) was killed, by a user or for want of memory: %s takes its place",
-                *(child.name, child.stage, fresh.name),
+                "%s was killed, by a user or for want of memory: %s takes its place", child.name, fresh.name
             )
 
     def _raise_if_a_child_failed(self) -> None:

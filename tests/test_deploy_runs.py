@@ -186,21 +186,25 @@ def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes
     assert summary["steps"] >= 2 and (run / "loss.png").exists()
 
 
-def test_a_local_peer_that_a_user_kills_is_replaced_and_the_run_goes_on(processes):
+def test_a_local_peer_or_trainer_that_a_user_kills_is_replaced_and_the_run_goes_on(processes):
     run = processes.folder / "runs" / "custom-model"
     command = ["swarm", "run", str(ROOT / "experiments" / "custom_model.yaml")]
     organizing = processes.start([*command, "--set", "monitor.wandb=disabled"], PYTHONPATH=str(ROOT))
     until(lambda: steps(run) >= 2 or organizing.poll() is not None, 120, "two steps of the example model")
     address = (run / "address").read_text().strip().encode()
-    lines = {int(pid.name): _command_line(pid) for pid in Path("/proc").glob("[0-9]*")}
-    (victim,) = [pid for pid, line in lines.items() if address in line and b"\0peer-0\0" in line]
-    os.kill(victim, signal.SIGKILL)
-    fresh = run / "logs" / "peer-4.log"
-    until(lambda: fresh.exists() and "serving stage" in fresh.read_text(), 60, "a fresh peer serves")
-    before = steps(run)
-    until(lambda: steps(run) > before + 2 or organizing.poll() is not None, 60, "the run goes on")
-    assert organizing.poll() is None, processes.logs()
-    assert "peer-0 (stage 0) was killed" in (processes.folder / "0.log").read_text()
+    for victim, name, fresh, does in [
+        (b"\0peer-0\0", "peer-0", "peer-4", "serving stage"),
+        (b"\0trainer\0", "trainer-0", "trainer-1", "held-out loss"),
+    ]:
+        lines = {int(pid.name): _command_line(pid) for pid in Path("/proc").glob("[0-9]*")}
+        (found,) = [pid for pid, line in lines.items() if address in line and victim in line]
+        os.kill(found, signal.SIGKILL)
+        log = run / "logs" / f"{fresh}.log"
+        until(lambda log=log, does=does: log.exists() and does in log.read_text(), 60, f"{fresh} takes part")
+        before = steps(run)
+        until(lambda n=before: steps(run) > n + 2 or organizing.poll() is not None, 60, "the run goes on")
+        assert organizing.poll() is None, processes.logs()
+        assert f"{name} was killed" in (processes.folder / "0.log").read_text()
     os.killpg(organizing.pid, signal.SIGINT)
     organizing.wait(30)
 
