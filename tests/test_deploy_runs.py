@@ -157,7 +157,7 @@ def test_the_data_parallel_run_file_trains_one_stage_on_unequal_peers_and_an_aux
 def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes):
     run = processes.folder / "runs" / "custom-model"
     command = ["swarm", "run", str(ROOT / "experiments" / "custom_model.yaml"), "--host", "0.0.0.0"]
-    command += ["--set", "monitor.wandb=disabled"]
+    command += ["--set", "monitor.wandb=disabled", "--set", "training.steps=1000"]
     organizing = processes.start(command, PYTHONPATH=str(ROOT))
     until(lambda: steps(run) >= 2 or organizing.poll() is not None, 120, "two steps of the example model")
     assert organizing.poll() is None, processes.logs()
@@ -188,7 +188,13 @@ def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes
 
 def test_a_local_peer_or_trainer_that_a_user_kills_is_replaced_and_the_run_goes_on(processes):
     run = processes.folder / "runs" / "custom-model"
-    command = ["swarm", "run", str(ROOT / "experiments" / "custom_model.yaml")]
+    command = [
+        "swarm",
+        "run",
+        str(ROOT / "experiments" / "custom_model.yaml"),
+        "--set",
+        "training.steps=1000",
+    ]
     organizing = processes.start([*command, "--set", "monitor.wandb=disabled"], PYTHONPATH=str(ROOT))
     until(lambda: steps(run) >= 2 or organizing.poll() is not None, 120, "two steps of the example model")
     address = (run / "address").read_text().strip().encode()
