@@ -151,16 +151,21 @@ class LocalRun:
         self.kills.append(kill)
         return kill
 
+    @property
+    def _killed(self) -> set[str]:
+        """The names of all that were, by whomever."""
+        return {kill.name for kill in self.kills} | self._killed_by_others
+
     def killed_by_others(self) -> list[Child]:
         """Whom somebody has killed since the last look: the system, if memory is short, or a user."""
-        known = {kill.name for kill in self.kills} | self._killed_by_others
-        found = [c for c in self.children if c.name not in known and c.process.returncode == -signal.SIGKILL]
+        killed = self._killed
+        found = [c for c in self.children if c.name not in killed and c.process.returncode == -signal.SIGKILL]
         self._killed_by_others.update(child.name for child in found)
         return found
 
     def failed(self) -> Child | None:
         """A child that ended by itself with an error."""
-        killed = {kill.name for kill in self.kills} | self._killed_by_others
+        killed = self._killed
         return next(
             (c for c in self.children if c.process.returncode not in (None, 0) and c.name not in killed), None
         )

@@ -133,7 +133,10 @@ class _Watch:
         """Show and record until the trainers are done, the time is over, or a child fails."""
         period_s = self._monitor.config.monitor.period_s
         with Live(console=self._console, auto_refresh=False, transient=False) as live:
-            while not await self._is_over():
+            while True:
+                await self._replace_the_killed()  # or without its only trainer the run would be over
+                if self._is_over():
+                    break
                 self._monitor.record(len(self._local.kills))
                 await self._chaos()
                 table = self._monitor.table(self._command, self._local.kills)
@@ -148,8 +151,7 @@ class _Watch:
                 await asyncio.sleep(period_s)
             self._raise_if_a_child_failed()
 
-    async def _is_over(self) -> bool:
-        await self._replace_the_killed()  # or without its only trainer the run would be
+    def _is_over(self) -> bool:
         if self._local.trainers_done() if self._local.has_trainers else self._monitor.finished():
             return True
         minutes = self._options.minutes

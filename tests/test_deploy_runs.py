@@ -188,14 +188,9 @@ def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes
 
 def test_a_local_peer_or_trainer_that_a_user_kills_is_replaced_and_the_run_goes_on(processes):
     run = processes.folder / "runs" / "custom-model"
-    command = [
-        "swarm",
-        "run",
-        str(ROOT / "experiments" / "custom_model.yaml"),
-        "--set",
-        "training.steps=1000",
-    ]
-    organizing = processes.start([*command, "--set", "monitor.wandb=disabled"], PYTHONPATH=str(ROOT))
+    command = ["swarm", "run", str(ROOT / "experiments" / "custom_model.yaml")]
+    command += ["--set", "monitor.wandb=disabled", "--set", "training.steps=1000"]
+    organizing = processes.start(command, PYTHONPATH=str(ROOT))
     until(lambda: steps(run) >= 2 or organizing.poll() is not None, 120, "two steps of the example model")
     address = (run / "address").read_text().strip().encode()
     for victim, name, fresh, does in [
