@@ -6,17 +6,19 @@ I/O: starts a process.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from hivemind.p2p import P2P
+from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
 from averaging.errors import NoAnswerError, PortTakenError, UserError
+from averaging.network import PeerId
 
 # Read by the daemon: one core carries 600 MB/s, and more would only take them from training.
 os.environ.setdefault("GOMAXPROCS", "1")
@@ -42,7 +44,7 @@ async def start_daemon(
         )
     except P2PDaemonError as error:
         text = str(error)
-        if port and not _port_is_free(listen, port):
+        if port and not port_is_free(listen, port):
             raise PortTakenError(
                 f"port {port} on {listen} is taken by another process; choose another with --port"
             ) from None
@@ -51,6 +53,18 @@ async def start_daemon(
         raise UserError(f"the libp2p daemon did not start: {text}") from None
     _let_it_end(p2p)
     return p2p
+
+
+async def connect(p2p: P2P, peer: PeerId, addresses: Sequence[str]) -> None:
+    """Connect the daemons where `peer` says that it may be dialled. Raises P2PDaemonError."""
+    known = []
+    for text in addresses:
+        with contextlib.suppress(ValueError, LookupError):  # a stranger may announce anything
+            # Without the peer id at its end: the engine encodes that part wrongly for its daemon.
+            known.append(Multiaddr(text.rsplit("/p2p/", 1)[0]))
+    if not known:
+        raise P2PDaemonError(f"no address in {', '.join(addresses)[:100]!r}")
+    await p2p._client.connect(PeerID.from_base58(peer), known)
 
 
 class _InItsOwnSession(P2P):
@@ -99,7 +113,7 @@ def check_address(address: str) -> None:
         raise UserError(f"--join {address!r} is not a peer's address: {error}") from None
 
 
-def _port_is_free(host: str, port: int) -> bool:
+def port_is_free(host: str, port: int) -> bool:
     import socket
 
     with socket.socket() as probe:

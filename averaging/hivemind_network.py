@@ -19,9 +19,9 @@ from typing import Any, cast
 
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
-from hivemind.utils.multiaddr import Multiaddr
 
 from averaging.bounded import forget_oldest
+from averaging.daemon import connect
 from averaging.direct import MOST_PEERS, OFFER, DirectListener, DirectPaths, Ends
 from averaging.errors import LinkError, VersionMismatchError
 from averaging.flow import Window
@@ -179,13 +179,11 @@ class HivemindNetwork:
 
     async def _connect(self, peer: PeerId) -> None:
         """Connect the daemons at the addresses that `peer` has announced. Raises LinkError."""
-        # Without the peer id at their end: the engine encodes that part wrongly for its daemon.
-        addresses = [text.rsplit("/p2p/", 1)[0] for text in await self._addresses(peer)]
+        addresses = await self._addresses(peer)
         if not addresses:
             raise LinkError(peer, "is not found, and has announced no address")
         try:
-            known = [Multiaddr(text) for text in addresses]
-            await self._p2p._client.connect(PeerID.from_base58(peer), known)
+            await connect(self._p2p, peer, addresses)
         except P2PDaemonError as error:
             # Elsewhere an answer proves nothing: a private address may be somebody else's machine here.
             refused = await _nobody_listens(self._reached.get(peer, set()) & _hosts(addresses))

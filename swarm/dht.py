@@ -9,18 +9,17 @@ I/O: one event loop; every call has a deadline.
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord
-from hivemind.p2p import P2P, PeerID
+from hivemind.p2p import P2P
 from hivemind.proto import crypto_pb2
 from hivemind.utils.crypto import RSAPrivateKey
-from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import get_dht_time
 
@@ -28,19 +27,17 @@ from averaging.errors import LinkError
 from averaging.network import PeerId
 from swarm.errors import NoAnswerError, RejectedError, RunMismatchError, UserError
 from swarm.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from swarm.nodes import Nodes
 from swarm.records import MAX_RECORD_BYTES, PeerRecord, parse_record, peer_id_of
 
 RUN_KEY = "swarm/run"
 MANIFEST_EXPIRE_S = 24 * 3600.0
-CALL_S = 10.0
 JOIN_S = 30.0
 LOOK_AGAIN_S = 1.0
-REMEMBERED_NODES, WITNESSES, TRIES = 64, 3, 3
 SIGNATURE_BYTES = 1024  # at most, with the engine's framing
 RUN_KEY_BYTES = DHTID.generate(source=RUN_KEY).to_bytes()
 _OWNER = re.compile(re.escape(RSASignatureValidator.PUBLIC_KEY_FORMAT).replace(b"_key_", b"(.+?)"))
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def make_identity(path: Path) -> RSAPrivateKey:
@@ -93,11 +90,7 @@ class HivemindDirectory:
         """`joined` are the addresses through which this process entered."""
         self._node, self._owner_tag, self._expire_s = node, validator.local_public_key, expire_s
         self.run = ""  # set once the manifest is known; part of every key
-        self._asked = {str(Multiaddr(address)).rpartition("/p2p/")[2] for address in joined}
-        self._met: list[PeerID] = []  # nodes that were known, the latest first
-        self._relied_on: set[PeerID] = set()  # those of the last call
-        self._meeting = asyncio.Lock()
-        self._times_met = 0  # so often some of those who had been forgotten did answer
+        self._nodes = Nodes(node, joined)
         self._stages = 0  # known with the manifest, too
         self._read: dict[int, tuple[float, dict[PeerId, tuple[str, ...]]]] = {}  # stage -> when, addresses
         self._looking = asyncio.Lock()
@@ -147,7 +140,7 @@ class HivemindDirectory:
         if not found:
             raise RunMismatchError("no run is announced at this address: ask the organizer for the command")
         if len(found) > 1:
-            found = {owner: value for owner, value in found.items() if owner in self._asked}
+            found = {owner: value for owner, value in found.items() if owner in self._nodes.asked}
         if len(found) != 1:
             raise RunMismatchError("several runs are announced here: join at the address of the one you want")
         owner, value = next(iter(found.items()))
@@ -176,6 +169,7 @@ class HivemindDirectory:
         records = [record for record in records if record.stage == stage]
         addresses = {record.peer: record.addresses for record in records}
         self._read[stage] = asyncio.get_running_loop().time(), addresses
+        self._nodes.introduce(addresses)
         return records
 
     async def addresses(self, peer: PeerId) -> tuple[str, ...]:
@@ -201,70 +195,16 @@ class HivemindDirectory:
         def store() -> Awaitable[bool]:
             return self._node.store(key, value, get_dht_time() + lifetime_s, subkey=self._owner_tag)
 
-        if not await self._with_others(store, f"{key} could not be stored"):
+        if not await self._nodes.with_others(store, f"{key} could not be stored"):
             log.warning("the DHT refused %s", key)
-
-    async def _with_others(self, call: Callable[[], Awaitable[T]], failed: str) -> T:
-        """What `call` comes to, if others took part in it. Raises LinkError.
-
-        The engine forgets whoever does not answer once. Who has forgotten everybody reads nothing but its own
-        records, and would take itself for the only peer; who was stopped and has forgotten most reads what
-        the others happen to store.
-        """
-        try:
-            async with asyncio.timeout(CALL_S):
-                for _ in range(TRIES):
-                    before, times_met = self._others(), self._times_met
-                    result = await call()
-                    if await self._meets_forgotten() or self._times_met != times_met:
-                        continue  # they were not asked
-                    if await self._were_others_there(before):
-                        return result
-                    await self._meet_again()
-        except TimeoutError:
-            raise LinkError("dht", f"{failed} within {CALL_S:.0f} s") from None
-        raise LinkError("dht", f"{failed}: nobody answers, is this machine online?")
-
-    def _others(self) -> list[PeerID]:
-        known = list(self._node.protocol.routing_table.peer_id_to_uid)
-        self._met = list(dict.fromkeys([*known, *self._met]))[:REMEMBERED_NODES]
-        return known
-
-    async def _were_others_there(self, before: Sequence[PeerID]) -> bool:
-        """Has anybody answered a call, of those who were known before it?"""
-        await asyncio.sleep(0)  # the engine notes in a task of its own who has not answered
-        known = self._others()
-        if not self._asked:
-            return True  # the first node may be alone
-        if set(before) <= set(known):
-            return bool(known)
-        return any(await asyncio.gather(*(self._meet(peer) for peer in known[:WITNESSES])))
-
-    async def _meets_forgotten(self) -> bool:
-        """Has the engine forgotten some since the last call who do answer? It knows them again then."""
-        await asyncio.sleep(0)
-        async with self._meeting:  # of calls at the same time, all wait for what the first finds out
-            known = self._others()
-            forgotten = [peer for peer in self._relied_on if peer not in known][:REMEMBERED_NODES]
-            self._relied_on = {*known}
-            there = await asyncio.gather(*(self._meet(peer) for peer in forgotten))
-            self._relied_on.update(peer for peer, answers in zip(forgotten, there, strict=True) if answers)
-            self._times_met += any(there)
-            return any(there)
-
-    async def _meet_again(self) -> None:
-        asked = [PeerID.from_base58(peer) for peer in self._asked]
-        await asyncio.gather(*(self._meet(peer) for peer in dict.fromkeys([*asked, *self._met])))
-
-    async def _meet(self, peer: PeerID) -> bool:
-        answers = await self._node.protocol.call_ping(peer) is not None
-        if answers:
-            self._node.blacklist.register_success(peer)
-        return answers
 
     async def _load(self, key: str) -> list[tuple[PeerId, Any]]:
         """(owner, value) of every signed subkey; the engine has checked the signatures. Raises LinkError."""
-        found = await self._with_others(lambda: self._node.get(key, latest=True), f"{key} could not be read")
+
+        def get() -> Awaitable[Any]:
+            return self._node.get(key, latest=True)
+
+        found = await self._nodes.with_others(get, f"{key} could not be read")
         entries: list[tuple[PeerId, Any]] = []
         if found is None or not hasattr(found.value, "items"):
             return entries
@@ -279,4 +219,5 @@ class HivemindDirectory:
         return entries
 
     async def close(self) -> None:
+        await self._nodes.close()
         await self._node.shutdown()

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -46,6 +47,13 @@ class Living:
 
     peers: Mapping[int, int]  # by stage
     trainers: int
+    names: tuple[str, ...] = ()  # of the peers
+
+    @property
+    def next_peer(self) -> int:
+        """From this number on no `peer-NUMBER` lives."""
+        numbers = (re.fullmatch(r"peer-(\d{1,9})", name) for name in self.names)
+        return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
 
 NOBODY = Living(defaultdict(int), 0)
@@ -89,7 +97,7 @@ class LocalRun:
         if local is None:
             return
         counts = local.peers(self._config.model.stages)
-        self._numbers = {"peer": sum(living.peers.values()), "trainer": living.trainers}  # names are taken
+        self._numbers = {"peer": living.next_peer, "trainer": living.trainers}
         for round_number in range(max(counts)):
             for stage, count in enumerate(counts):
                 if round_number < count - living.peers[stage]:

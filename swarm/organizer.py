@@ -12,13 +12,14 @@ I/O: all of it. The run goes on without this process; its own children end with 
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 
+from averaging.daemon import port_is_free
 from averaging.errors import AveragingError, LinkError
 from swarm.archive import Archive
 from swarm.checkpoint import Checkpoint, CheckpointError, checkpoints_in, read_checkpoint
@@ -33,10 +34,11 @@ from swarm.metrics import serve_metrics
 from swarm.monitor import Monitor
 from swarm.process import best_address, joined
 from swarm.reach import reachable
-from swarm.returning import read_addresses, remember_peers, who_lives
+from swarm.returning import port_before, read_addresses, remember_peers, who_lives
 
 REPUBLISH_S = 3600.0
 CHECKPOINTS = "checkpoints"
+ADDRESS = "address"  # of the organizer
 PEERS = "peers"  # where some could be dialled lately
 # Of a run that is resumed; with its identity it is the same to those who have joined it.
 KEPT = (CHECKPOINTS, PEERS, STATES, PROCESSES, "identity")
@@ -59,6 +61,10 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
     """Carry out one run. Raises UserError; returns the process's exit code."""
     console = Console()
     newest = await _newest_checkpoint(options.folder, config) if options.resume else None
+    if options.resume and not options.port:
+        # Volunteers have its address in their commands, and some may know nobody else.
+        port = port_before(options.folder / ADDRESS)
+        options = replace(options, port=port if port_is_free(options.host, port) else 0)
     with claimed(options.folder, keep=KEPT if options.resume else ()):
         return await _organize(config, options, console, newest)
 
@@ -74,7 +80,7 @@ async def _organize(
         await here.directory.publish_manifest(pack_manifest(dump_run(config)))
         republishing = asyncio.create_task(_republish(here.directory, config))
         await here.directory.manifest(here.network.peer_id)
-        (folder / "address").write_text(best_address(here.addresses) + "\n")
+        (folder / ADDRESS).write_text(best_address(here.addresses) + "\n")
         command = f"swarm-peer --join {best_address(here.addresses)}"
         monitor = Monitor(config, folder)
         await serve_metrics(here.network, monitor.take)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from swarm.leftovers import PROCESSES, end_processes, left_running
 from tests.test_deploy import BIN, ROOT, compose
 from tests.test_optimizer import OTHER_PROCESSOR
 
@@ -65,6 +66,8 @@ class Processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        for noted in self.folder.rglob(PROCESSES):  # by an organizer that was killed
+            end_processes(left_running(noted.parent), within_s=0.5)
 
     def logs(self) -> str:
         logs = [path for path in sorted(self.folder.rglob("*.log")) if "wandb" not in path.parts]
@@ -159,7 +162,17 @@ def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes
     command = ["swarm", "run", str(ROOT / "experiments" / "custom_model.yaml"), "--host", "0.0.0.0"]
     command += ["--set", "monitor.wandb=disabled", "--set", "training.steps=1000"]
     organizing = processes.start(command, PYTHONPATH=str(ROOT))
-    until(lambda: steps(run) >= 2 or organizing.poll() is not None, 120, "two steps of the example model")
+
+    def began() -> bool:
+        log, peers = run / "logs" / "trainer-0.log", run / "peers"
+        found = peers.read_text().splitlines() if peers.exists() else []
+        return len(found) == 4 and log.exists() and "held-out loss" in log.read_text()
+
+    until(
+        lambda: began() or organizing.poll() is not None,
+        120,
+        "it begins, and the organizer knows whose peers",
+    )
     assert organizing.poll() is None, processes.logs()
     address = (run / "address").read_text().strip()
     peer = (run / "logs" / "peer-0.log").read_text()
@@ -170,13 +183,14 @@ def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes
         return sum(address.encode() in _command_line(pid) for pid in Path("/proc").glob("[0-9]*"))
 
     assert members() >= 5  # four peers and a trainer, and their daemons
-    until(lambda: (run / "peers").exists(), 30, "it knows where peers are")
-    organizing.kill()
+    organizing.kill()  # before the others know each other well
     organizing.wait()
     organizing = processes.start([*command, "--resume"], PYTHONPATH=str(ROOT))
     resumed = processes.folder / "1.log"
     until(lambda: "it lives: 4 peers, 1 trainers" in resumed.read_text(), 60, "it finds its run again")
     assert members() >= 5
+    assert (run / "address").read_text().strip() == address, "it is not found where it was"
+    until(lambda: steps(run) >= 2 or organizing.poll() is not None, 60, "two steps of the example model")
     os.killpg(organizing.pid, signal.SIGINT)  # as a terminal does
     organizing.wait(30)
     assert " ERROR " not in resumed.read_text(), "an end that was asked for is no error"

@@ -163,5 +163,7 @@ def test_a_machine_that_cannot_be_reached_proves_nothing():
                 with pytest.raises(LinkError) as caught:
                     await here.network.open(peer, "echo")
                 assert not caught.value.refused
+            here.network.use_addresses(at(["nonsense", "/ip4/127.0.0.1/tcp/abc"]))
+            assert not await is_refused(here.network, peer)
 
     uvloop.run(main())

@@ -2,13 +2,14 @@
 
 import asyncio
 import signal
+from contextlib import AsyncExitStack
 
 import pytest
 import uvloop
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2P, PeerID
 from hivemind.utils.crypto import RSAPrivateKey
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import get_dht_time
@@ -19,6 +20,7 @@ from swarm.config import dump_run
 from swarm.dht import MAX_RECORD_BYTES, RUN_KEY, RUN_KEY_BYTES, OwnedRecords
 from swarm.errors import RunMismatchError
 from swarm.manifest import pack_manifest
+from swarm.nodes import MOST_DIALS
 from swarm.process import joined
 from swarm.records import PeerRecord, parse_record
 from tests.sim import tiny_run
@@ -127,6 +129,51 @@ def test_nodes_that_were_forgotten_although_they_answer_are_asked_again():
                 node.blacklist.register_failure(forgotten)  # as after its answer was not heard
                 assert await second.directory.roster(1) == []
                 assert forgotten in table.peer_id_to_uid and forgotten not in node.blacklist
+
+    uvloop.run(main())
+
+
+def test_peers_still_find_each_other_when_the_only_node_that_they_had_in_common_dies(monkeypatch):
+    monkeypatch.setitem(P2P.DHT_MODE_MAPPING, "server", {})  # the daemons find nobody by themselves
+
+    async def main():
+        async with AsyncExitStack() as living:
+            organizer = await living.enter_async_context(joined([]))
+            peers = [await living.enter_async_context(joined([organizer.addresses[0]])) for _ in range(3)]
+
+            async def announce_all():
+                for peer in peers:
+                    record = PeerRecord(peer=peer.network.peer_id, stage=1, addresses=peer.addresses)
+                    await peer.directory.announce(record)
+
+            await announce_all()
+            for peer in peers:
+                await peer.directory.roster(1)  # as a peer does when it comes, and then every few seconds
+            async with asyncio.timeout(10):
+                for peer in peers:
+                    await asyncio.gather(*peer.directory._nodes._dials)
+            organizer.network._p2p._child.kill()
+            await announce_all()
+            for peer in peers:
+                assert len(await peer.directory.roster(1)) == 3
+            async with joined([peers[2].addresses[0]]) as late:
+                assert len(await late.directory.roster(1)) == 3
+
+    uvloop.run(main())
+
+
+def test_an_address_where_nobody_is_or_that_is_none_is_not_dialled_at_every_read():
+    async def main():
+        async with joined([]) as here:
+            dead = {f"Qm{letter * 44}": ["/ip4/127.0.0.1/tcp/1"] for letter in "abcdefghijkm"}
+            nodes = here.directory._nodes
+            nodes.introduce({**dead, "nonsense": ["nonsense"], "nowhere": []})
+            nodes.introduce(dead)
+            assert len(nodes._dials) == MOST_DIALS
+            async with asyncio.timeout(10):
+                assert not any(await asyncio.gather(*nodes._dials))
+            nodes.introduce(dead)
+            assert len(nodes._dials) <= len(dead) + 1 - MOST_DIALS
 
     uvloop.run(main())
 
