@@ -64,7 +64,10 @@ async def connect(p2p: P2P, peer: PeerId, addresses: Sequence[str]) -> None:
             known.append(Multiaddr(text.rsplit("/p2p/", 1)[0]))
     if not known:
         raise P2PDaemonError(f"no address in {', '.join(addresses)[:100]!r}")
-    await p2p._client.connect(PeerID.from_base58(peer), known)
+    try:
+        await p2p._client.connect(PeerID.from_base58(peer), known)
+    except (OSError, EOFError) as error:
+        raise P2PDaemonError(f"the daemon here does not answer: {error}") from None
 
 
 class _InItsOwnSession(P2P):

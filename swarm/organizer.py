@@ -41,7 +41,7 @@ CHECKPOINTS = "checkpoints"
 ADDRESS = "address"  # of the organizer
 PEERS = "peers"  # where some could be dialled lately
 # Of a run that is resumed; with its identity it is the same to those who have joined it.
-KEPT = (CHECKPOINTS, PEERS, STATES, PROCESSES, "identity")
+KEPT = (ADDRESS, CHECKPOINTS, PEERS, STATES, PROCESSES, "identity")
 LAST_CHECKPOINT_S, STOPPED_CHECKPOINT_S = 120.0, 20.0  # at the run's own end, and when it is stopped before
 log = logging.getLogger(__name__)
 PLAIN_LINE_S = 10.0  # period of progress lines when the output is no terminal
@@ -64,7 +64,10 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
     if options.resume and not options.port:
         # Volunteers have its address in their commands, and some may know nobody else.
         port = port_before(options.folder / ADDRESS)
-        options = replace(options, port=port if port_is_free(options.host, port) else 0)
+        if port_is_free(options.host, port):
+            options = replace(options, port=port)
+        else:
+            log.warning("port %d is taken now: volunteers need the new command", port)
     with claimed(options.folder, keep=KEPT if options.resume else ()):
         return await _organize(config, options, console, newest)
 

@@ -5,6 +5,7 @@ I/O: a file, and the directory.
 
 import asyncio
 import contextlib
+import logging
 import re
 from pathlib import Path
 
@@ -13,11 +14,15 @@ from swarm.directory import Directory, read_rosters
 from swarm.launch import Living
 from swarm.metrics import MOST_PAUSE_S
 from swarm.monitor import Monitor
+from swarm.process import MOST_PORT, best_address
+from swarm.records import PeerRecord
 
 REMEMBER_S, REMEMBERED = 2.0, 32
 HEARD_S = MOST_PAUSE_S + 3.0
 ANNOUNCED_PERIODS = 1.5  # after which everybody has announced itself
 LOOK_AGAIN_S = 0.3
+_PORT = re.compile(r"/ip[46]/[^/]+/tcp/(\d{1,5})/p2p/\w+\s*")
+log = logging.getLogger(__name__)
 
 
 async def remember_peers(directory: Directory, stages: int, path: Path) -> None:
@@ -26,10 +31,12 @@ async def remember_peers(directory: Directory, stages: int, path: Path) -> None:
         await asyncio.sleep(REMEMBER_S)
         with contextlib.suppress(LinkError):
             rosters = await read_rosters(directory, stages)
-            serving = (record for roster in rosters for record in roster if record.serves)
-            found = [record.addresses[0] for record in serving if record.addresses]
-            if found:
-                await asyncio.to_thread(_write, path, "\n".join(found[:REMEMBERED]) + "\n")
+            found = (record.addresses for roster in rosters for record in roster if record.serves)
+            known = [addresses for addresses in found if addresses][:REMEMBERED]
+            # The first may be a loopback's: that is the one that stays, if the peer is on this machine.
+            written = dict.fromkeys([*map(best_address, known), *(addresses[0] for addresses in known)])
+            if written:
+                await asyncio.to_thread(_write, path, "\n".join(written) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
@@ -46,30 +53,34 @@ def read_addresses(path: Path) -> list[str]:
 
 def port_before(path: Path) -> int:
     """The port in the address that was written down there; 0 if there is none."""
-    found = re.search(r"/tcp/(\d+)/", path.read_text()) if path.exists() else None
-    return int(found[1]) if found else 0
+    found = _PORT.fullmatch(path.read_text()) if path.exists() else None
+    port = int(found[1]) if found else 0
+    return port if port <= MOST_PORT else 0
 
 
 async def who_lives(directory: Directory, monitor: Monitor) -> Living:
     """Who takes part already: what the run file asks for, or whoever is heard of before long.
 
     Trainers report to the organizer. A peer may be missing for a while in a DHT that has just lost its first
-    node, until it announces itself again. Raises LinkError.
+    node, until it announces itself again.
     """
     config, time_s = monitor.config, asyncio.get_running_loop().time
     began_s = time_s()
     wanted = config.local.peers(config.model.stages) if config.local else ()
     trainers = config.local.trainers if config.local else 1
+    found: list[list[PeerRecord]] = [[] for _ in range(config.model.stages)]
     while True:
-        rosters = await read_rosters(directory, config.model.stages)
         waited_s = time_s() - began_s
-        found = [[record for record in roster if record.computes] for roster in rosters]
-        peers = {stage: len(records) for stage, records in enumerate(found)}
-        all_peers = all(peers[stage] >= count for stage, count in enumerate(wanted))
+        try:
+            rosters = await read_rosters(directory, config.model.stages)
+            found = [[record for record in roster if record.computes] for roster in rosters]
+        except LinkError as error:  # too many peers are better than none: those who live go on
+            log.warning("%s", error)
+        has_peers = all(len(found[stage]) >= count for stage, count in enumerate(wanted))
         if (monitor.trainers >= trainers or waited_s > HEARD_S) and (
-            all_peers or waited_s > ANNOUNCED_PERIODS * config.network.announce_s
+            has_peers or waited_s > ANNOUNCED_PERIODS * config.network.announce_s
         ):
-            return Living(
-                peers, monitor.trainers, tuple(record.name for records in found for record in records)
-            )
+            peers = {stage: len(records) for stage, records in enumerate(found)}
+            names = (record.name for records in found for record in records)
+            return Living(peers, monitor.trainers, tuple(names))
         await asyncio.sleep(LOOK_AGAIN_S)

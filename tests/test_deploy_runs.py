@@ -165,8 +165,12 @@ def test_ctrl_c_ends_a_run_of_the_example_model_with_all_its_processes(processes
 
     def began() -> bool:
         log, peers = run / "logs" / "trainer-0.log", run / "peers"
-        found = peers.read_text().splitlines() if peers.exists() else []
-        return len(found) == 4 and log.exists() and "held-out loss" in log.read_text()
+        lines = peers.read_text().splitlines() if peers.exists() else []
+        return (
+            len({line.rpartition("/")[2] for line in lines}) == 4
+            and log.exists()
+            and "held-out loss" in log.read_text()
+        )
 
     until(
         lambda: began() or organizing.poll() is not None,

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 import uvloop
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
+from averaging.daemon import connect
 from averaging.errors import LinkError
 from averaging.network import Calls, answer
 from swarm.process import joined
@@ -108,6 +110,20 @@ def test_also_one_that_had_dialled_us_is_known_to_be_gone():
     uvloop.run(main())
 
 
+def test_connecting_without_a_daemon_or_an_address_fails_as_one_thing():
+    async def main():
+        async with joined([]) as here, joined([]) as other:
+            p2p, peer = here.network._p2p, other.network.peer_id
+            with pytest.raises(P2PDaemonError, match="no address in 'nonsense'"):
+                await connect(p2p, peer, ["nonsense"])
+            p2p._child.kill()
+            await p2p._child.wait()
+            with pytest.raises(P2PDaemonError, match="does not answer"):
+                await connect(p2p, peer, ["nonsense", *other.addresses])
+
+    uvloop.run(main())
+
+
 def test_a_process_that_does_not_serve_yet_may_be_alive():
     async def main():
         async with joined([]) as a, joined([]) as b:
@@ -163,7 +179,5 @@ def test_a_machine_that_cannot_be_reached_proves_nothing():
                 with pytest.raises(LinkError) as caught:
                     await here.network.open(peer, "echo")
                 assert not caught.value.refused
-            here.network.use_addresses(at(["nonsense", "/ip4/127.0.0.1/tcp/abc"]))
-            assert not await is_refused(here.network, peer)
 
     uvloop.run(main())
