@@ -1,4 +1,4 @@
-"""Starting hivemind's libp2p daemon, the only child process of a peer.
+"""Starting hivemind's libp2p daemon, the only child process of a peer, and connecting it with others.
 
 It ends with us, also when we are killed: it exits when its control connection closes.
 

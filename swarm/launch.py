@@ -45,9 +45,12 @@ class Child:
 class Living:
     """Who takes part in the run already, wherever it was started."""
 
-    peers: Mapping[int, int]  # by stage
+    peers: Mapping[int, Sequence[str]]  # stage -> their names
     trainers: int
-    names: tuple[str, ...] = ()  # of the peers
+
+    @property
+    def names(self) -> list[str]:
+        return [name for names in self.peers.values() for name in names]
 
     @property
     def next_peer(self) -> int:
@@ -56,7 +59,7 @@ class Living:
         return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
 
-NOBODY = Living(defaultdict(int), 0)
+NOBODY = Living(defaultdict(tuple), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class LocalRun:
         self._numbers = {"peer": living.next_peer, "trainer": living.trainers}
         for round_number in range(max(counts)):
             for stage, count in enumerate(counts):
-                if round_number < count - living.peers[stage]:
+                if round_number < count - len(living.peers[stage]):
                     await self.start_peer(stage)
         for _ in range(local.trainers - living.trainers):
             await self.start_trainer(minutes)

@@ -64,7 +64,7 @@ async def organize(config: RunConfig, options: RunOptions) -> int:
     if options.resume and not options.port:
         # Volunteers have its address in their commands, and some may know nobody else.
         port = port_before(options.folder / ADDRESS)
-        if port_is_free(options.host, port):
+        if not port or port_is_free(options.host, port):
             options = replace(options, port=port)
         else:
             log.warning("port %d is taken now: volunteers need the new command", port)
@@ -107,8 +107,8 @@ async def _organize(
             if newest is not None:
                 console.print(f"going on from step {newest.step}: {newest.folder}", soft_wrap=True)
             living = await who_lives(here.directory, monitor) if join else NOBODY
-            if living.trainers or sum(living.peers.values()):
-                console.print(f"it lives: {sum(living.peers.values())} peers, {living.trainers} trainers")
+            if living.trainers or living.names:
+                console.print(f"it lives: {len(living.names)} peers, {living.trainers} trainers")
             await local.start(minutes=options.minutes, living=living)
             await asyncio.get_running_loop().run_in_executor(None, monitor.open_wandb)
             await watching.until_the_end(archiving)

@@ -23,9 +23,9 @@ import uvloop
 from averaging.daemon import check_address, start_daemon
 from averaging.hivemind_network import HivemindNetwork
 from swarm.dht import HivemindDirectory, make_identity
-from swarm.reach import some_reachable
+from swarm.reach import MOST_PORT, some_reachable
 
-DIRECT_PORT, MOST_PORT = 10_000, 65_535  # the first is added to the daemon's
+DIRECT_PORT = 10_000  # is added to the daemon's
 log = logging.getLogger(__name__)
 
 

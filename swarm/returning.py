@@ -6,7 +6,6 @@ I/O: a file, and the directory.
 import asyncio
 import contextlib
 import logging
-import re
 from pathlib import Path
 
 from averaging.errors import LinkError
@@ -14,14 +13,13 @@ from swarm.directory import Directory, read_rosters
 from swarm.launch import Living
 from swarm.metrics import MOST_PAUSE_S
 from swarm.monitor import Monitor
-from swarm.process import MOST_PORT, best_address
-from swarm.records import PeerRecord
+from swarm.process import best_address
+from swarm.reach import tcp_place
 
 REMEMBER_S, REMEMBERED = 2.0, 32
 HEARD_S = MOST_PAUSE_S + 3.0
 ANNOUNCED_PERIODS = 1.5  # after which everybody has announced itself
 LOOK_AGAIN_S = 0.3
-_PORT = re.compile(r"/ip[46]/[^/]+/tcp/(\d{1,5})/p2p/\w+\s*")
 log = logging.getLogger(__name__)
 
 
@@ -53,9 +51,8 @@ def read_addresses(path: Path) -> list[str]:
 
 def port_before(path: Path) -> int:
     """The port in the address that was written down there; 0 if there is none."""
-    found = _PORT.fullmatch(path.read_text()) if path.exists() else None
-    port = int(found[1]) if found else 0
-    return port if port <= MOST_PORT else 0
+    place = tcp_place(path.read_text().strip()) if path.exists() else None
+    return place[1] if place else 0
 
 
 async def who_lives(directory: Directory, monitor: Monitor) -> Living:
@@ -68,19 +65,18 @@ async def who_lives(directory: Directory, monitor: Monitor) -> Living:
     began_s = time_s()
     wanted = config.local.peers(config.model.stages) if config.local else ()
     trainers = config.local.trainers if config.local else 1
-    found: list[list[PeerRecord]] = [[] for _ in range(config.model.stages)]
+    peers: dict[int, tuple[str, ...]] = dict.fromkeys(range(config.model.stages), ())
     while True:
         waited_s = time_s() - began_s
         try:
             rosters = await read_rosters(directory, config.model.stages)
-            found = [[record for record in roster if record.computes] for roster in rosters]
+            found = ((record.name for record in roster if record.computes) for roster in rosters)
+            peers = dict(enumerate(map(tuple, found)))
         except LinkError as error:  # too many peers are better than none: those who live go on
             log.warning("%s", error)
-        has_peers = all(len(found[stage]) >= count for stage, count in enumerate(wanted))
+        has_peers = all(len(peers[stage]) >= count for stage, count in enumerate(wanted))
         if (monitor.trainers >= trainers or waited_s > HEARD_S) and (
             has_peers or waited_s > ANNOUNCED_PERIODS * config.network.announce_s
         ):
-            peers = {stage: len(records) for stage, records in enumerate(found)}
-            names = (record.name for records in found for record in records)
-            return Living(peers, monitor.trainers, tuple(names))
+            return Living(peers, monitor.trainers)
         await asyncio.sleep(LOOK_AGAIN_S)

@@ -17,7 +17,7 @@ def test_of_plain_addresses_those_where_somebody_listens():
     async def main():
         with socket.create_server(("127.0.0.1", 0)) as server:
             alive = f"/ip4/127.0.0.1/tcp/{server.getsockname()[1]}/{PEER}"
-            assert await reachable([DEAD, alive, UNKNOWN]) == [alive]
+            assert await reachable([DEAD, alive, UNKNOWN, f"/ip4/127.0.0.1/tcp/99999/{PEER}"]) == [alive]
             assert await some_reachable([DEAD, alive, UNKNOWN]) == [alive, UNKNOWN], (
                 "a daemon may know better"
             )
