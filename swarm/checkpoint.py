@@ -20,6 +20,7 @@ from pathlib import Path
 import safetensors
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from averaging.network import Buffer
 from swarm.config import ModelConfig, RunConfig
 from swarm.errors import UserError
 from swarm.model import stage_shapes
@@ -81,7 +82,7 @@ class CheckpointWriter:
         except OSError as error:
             raise CheckpointError(f"{self._folder}: cannot be created: {error.strerror}") from None
 
-    def add(self, stage: int, data: bytes | bytearray, version: int) -> None:
+    def add(self, stage: int, data: Buffer, version: int) -> None:
         """The state of one stage. Raises CheckpointError, also if it is none."""
         name = f"stage-{stage}.safetensors"
         write_durably(self._folder / name, data)
@@ -113,7 +114,7 @@ class CheckpointWriter:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def write_durably(path: Path, data: bytes | bytearray) -> None:
+def write_durably(path: Path, data: Buffer) -> None:
     """Every byte of it is on disk. Raises CheckpointError."""
     try:
         with path.open("wb") as file:

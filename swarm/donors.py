@@ -84,7 +84,7 @@ class Donors:
             return self._begun[0]
         return most_held(offers)
 
-    async def state(self, offer: Offer) -> bytearray:
+    async def state(self, offer: Offer) -> memoryview:
         """All of it. Raises AveragingError; the next try goes on where this one ended."""
         await asyncio.gather(*(self._reopen(source, offer.name[1]) for source in list(self._sources)))
         if self._begun is None or self._begun[0] != offer:
@@ -100,7 +100,7 @@ class Donors:
         outrun = not offers and any(isinstance(found, int) and found > step for found in asked)
         return (most_held(offers) if offers else None), outrun
 
-    async def mean(self, offer: Offer) -> bytearray:
+    async def mean(self, offer: Offer) -> memoryview:
         """All of it. Raises AveragingError."""
         return await self._download(f"step {offer.name[1]}", offer, Download(offer.contents))
 
@@ -201,7 +201,7 @@ class Donors:
         if source in self._sources:
             self._sources.remove(source)
 
-    async def _download(self, what: str, offer: Offer, download: Download) -> bytearray:
+    async def _download(self, what: str, offer: Offer, download: Download) -> memoryview:
         """From all donors that hold the same. Raises AveragingError when the last is lost."""
         pulls = [asyncio.create_task(self._pull(what, source, offer, download)) for source in self._sources]
         try:

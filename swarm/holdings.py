@@ -20,6 +20,7 @@ import torch
 
 from averaging import exact
 from averaging.bounded import forget_oldest
+from averaging.network import Buffer
 from swarm.chunks import Contents, Sliceable, chunks_of, hash_of
 from swarm.compute import Compute, between_hops
 from swarm.history import ID_BYTES
@@ -176,7 +177,7 @@ def pack_mean(mean: torch.Tensor, microbatches: Collection[bytes]) -> bytes:
     return b"".join((COUNT.pack(len(microbatches)), *sorted(microbatches), exact.pack(mean)))
 
 
-def unpack_mean(data: bytearray, values: int) -> tuple[torch.Tensor, list[bytes]]:
+def unpack_mean(data: Buffer, values: int) -> tuple[torch.Tensor, list[bytes]]:
     """Raises ValueError."""
     count = COUNT.unpack_from(data)[0] if len(data) >= COUNT.size else 0
     start = COUNT.size + count * ID_BYTES

@@ -26,6 +26,7 @@ from typing import Any
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from averaging.network import Buffer
 from swarm.checkpoint import CheckpointError, StateFile, check_state_file, write_durably
 from swarm.compute import Compute, between_hops
 from swarm.config import RunConfig
@@ -172,7 +173,7 @@ class LastState:
         check_state_file(kept, found.file, self._config, stage)
         return kept.read_bytes(), found.file.version
 
-    def _write(self, stage: int, version: int, data: bytes | bytearray) -> None:
+    def _write(self, stage: int, version: int, data: Buffer) -> None:
         folder, name = self._place_of(stage).folder, f"{version}.safetensors"
         write_durably(folder / name, data)
         digest = hashlib.sha256(data).hexdigest()

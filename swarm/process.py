@@ -9,6 +9,7 @@ I/O: starts the libp2p daemon; uvloop.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import shutil
 import signal
@@ -118,6 +119,7 @@ def run_until_signal(main: Coroutine[Any, Any, int]) -> int:
         except asyncio.CancelledError:
             return 0
 
+    gc.freeze()  # what was imported lives for good: looking through it takes a sixth of a second each time
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(guarded())
 

@@ -31,7 +31,7 @@ def squeezed(chunk: Buffer) -> bytes | None:
     return b"".join((words.astype("<u2").data, between.data, tail, coded))
 
 
-def unsqueezed(data: Buffer, size: int) -> bytes:
+def unsqueezed(data: Buffer, size: int) -> Buffer:
     """The chunk of `size` bytes that was squeezed into `data`. Raises ValueError."""
     count, view = size // WORD, memoryview(data)
     plain = count * NOISE + size % WORD
@@ -44,9 +44,11 @@ def unsqueezed(data: Buffer, size: int) -> bytes:
         raise ValueError(f"no squeezed chunk: {error}") from None
     if len(exponents) != count or not decoder.eof:
         raise ValueError(f"{len(exponents)} exponents in a squeezed chunk of {count} values")
-    words = np.frombuffer(view, "<u2", count).astype("<u4")
-    between = np.frombuffer(view, np.uint8, count, offset=2 * count).astype("<u4")
-    words |= (between & HIGH_MANTISSA) << LOW_BITS
-    words |= (between & SIGN) << (LOW_BITS + 8)
-    words |= np.frombuffer(exponents, np.uint8).astype("<u4") << MANTISSA_BITS
-    return words.tobytes() + bytes(view[count * NOISE : plain])
+    chunk = np.empty(size, np.uint8)
+    words = chunk[: count * WORD]
+    words.view("<u2")[::2] = np.frombuffer(view, "<u2", count)
+    coded, between = (np.frombuffer(plane, np.uint8, count) for plane in (exponents, view[2 * count :]))
+    np.bitwise_or(between & HIGH_MANTISSA, coded << 7, out=words[2::WORD])
+    np.bitwise_or(between & SIGN, coded >> 1, out=words[3::WORD])
+    chunk[count * WORD :] = np.frombuffer(view[count * NOISE : plain], np.uint8)
+    return chunk.data

@@ -15,6 +15,7 @@ import hashlib
 import weakref
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,23 @@ class Accumulator:
     microbatches: list[bytes] = field(default_factory=list)
 
 
+class _Scalar(torch.autograd.Function):
+    """Something whose gradient with respect to `y` is `grad_y`.
+
+    Given to `torch.autograd.grad` itself, `grad_y` makes it import sympy to compare two shapes: half a second
+    of a newcomer's first microbatch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, grad_y: torch.Tensor) -> torch.Tensor:
+        ctx.grad_y = grad_y
+        return y.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.grad_y, None
+
+
 class Stage:
     """The module of one stage, its optimizer and its accumulator."""
 
@@ -70,6 +88,7 @@ class Stage:
         self._weights = self._layout.adopt()
         self._optimizer = AdamW(training.optimizer, self.shapes, self.device)
         self._snapshots = weakref.WeakSet[Pieces]()  # of this version, that somebody has
+        self._as_loaded = False  # the moments keep all the memory that a state has come in
         # Strict mode: a step back, for neighbours whose step has not closed when this one's has.
         self._previous: Weights | None = None
         self.accumulator = self.empty(0)
@@ -93,7 +112,7 @@ class Stage:
 
     def warm_up(self, x: torch.Tensor) -> None:
         """Compute a microbatch (token ids [B, T] or hidden [B, T, D]) that does not count, and touch the
-        memory that a state and the first sum need: for a fresh process the first time takes long.
+        memory that the first sum needs: for a fresh process the first time takes long.
         """
         _, graph = self.forward(x, keep_graph=True)
         assert graph is not None
@@ -101,8 +120,6 @@ class Stage:
         for held in self.sums:
             for each in held.sums:
                 each.add_(0.0)
-        touched = [torch.zeros_like(vector).add_(0.0) for vector in self._vectors().values()]
-        touched.clear()
 
     # one microbatch
 
@@ -161,8 +178,10 @@ class Stage:
         self, graph: Graph, of: torch.Tensor, grad: torch.Tensor | None
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         inputs = [*graph.parameters, *([graph.x] if graph.x.requires_grad else [])]
+        if grad is not None:
+            of = _Scalar.apply(of, grad)
         # Not `.backward()`: nothing may reach the accumulator before the peer's lease has been checked.
-        gradients = torch.autograd.grad(of, inputs, grad, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(of, inputs, allow_unused=True, materialize_grads=True)
         if graph.x.requires_grad:
             return list(gradients[:-1]), gradients[-1]
         return list(gradients), None
@@ -241,9 +260,10 @@ class Stage:
         """One optimizer step with the mean gradient [values] of `microbatches`; the version grows by one."""
         if self._training.strict:
             self._previous = self._weights
-        if self._snapshots:
+        if self._snapshots or self._as_loaded:
             self._optimizer.renew()
             self._snapshots.clear()
+            self._as_loaded = False
         vector = self._weights.vector.clone()
         lr = learning_rate(self._training.optimizer, self.version, self._training.steps)
         self._optimizer.step(vector, mean, number=self.version, lr=lr)
@@ -284,7 +304,8 @@ class Stage:
     def load(self, state: dict[str, torch.Tensor], version: int) -> None:
         """Replace parameters and optimizer by `state` at `version`; what is accumulated counts on there.
 
-        Raises ValueError when names or shapes differ; nothing is changed then.
+        The memory of `state` is this stage's from now on. Raises ValueError when names or shapes differ;
+        nothing is changed then.
         """
         shapes = self._layout.shapes.items()
         own = {f"{kind}/{name}": shape for kind in self._vectors() for name, shape in shapes}
@@ -306,6 +327,7 @@ class Stage:
         self._weights = self._layout.weights(loaded("parameter"))
         self._layout.give(self._weights)
         self._optimizer.first, self._optimizer.second = loaded("exp_avg"), loaded("exp_avg_sq")
+        self._as_loaded = self.device.type == "cpu"
         if self._training.strict and version:
             self._previous = self._layout.weights(loaded("previous"))
         self.version, self.history = version, history

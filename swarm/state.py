@@ -113,7 +113,7 @@ class StateLoader:
 
     # the stage
 
-    async def _transferred(self, offer: Offer) -> bytearray:
+    async def _transferred(self, offer: Offer) -> memoryview:
         """All of it, with the device warm by then if this is the first. Raises AveragingError."""
         if self._warm_up is None:
             return await self.donors.state(offer)
@@ -124,7 +124,7 @@ class StateLoader:
     async def _own_contents(self) -> Contents:
         return await contents_of(await between_hops(self._compute, self._stage.snapshot))
 
-    def _load(self, data: bytearray, version: int) -> None:
+    def _load(self, data: memoryview, version: int) -> None:
         try:
             self._stage.load(tensors_in(data), version)
         except torch.OutOfMemoryError:

@@ -18,7 +18,8 @@ import torch
 
 from averaging.network import Buffer
 
-LENGTH_BYTES = ALIGNED = 8
+LENGTH_BYTES = 8
+ALIGNED = 64  # where the first tensor lies: eight would do, but vectors are read fastest so
 DTYPES = {"F32": torch.float32, "U8": torch.uint8}  # all that a state consists of
 METADATA = "__metadata__"
 
@@ -52,10 +53,10 @@ class Pieces:
 
 
 def pieces_of(tensors: Mapping[str, torch.Tensor]) -> Pieces:
-    """Float32 and uint8 tensors, of any shape, as the safetensors library writes them; those on the CPU in
-    their own memory."""
+    """Float32 and uint8 tensors, of any shape, as a safetensors file: in their order, but floats first, and
+    those on the CPU in their own memory."""
     kinds = {dtype: name for name, dtype in DTYPES.items()}
-    ordered = sorted(tensors.items(), key=lambda each: (-each[1].dtype.itemsize, each[0]))
+    ordered = sorted(tensors.items(), key=lambda each: -each[1].dtype.itemsize)
     header, end = {}, 0
     for name, tensor in ordered:
         first, end = end, end + tensor.numel() * tensor.dtype.itemsize
@@ -65,7 +66,7 @@ def pieces_of(tensors: Mapping[str, torch.Tensor]) -> Pieces:
             "data_offsets": [first, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNED)
+    text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNED)
     lead = len(text).to_bytes(LENGTH_BYTES, "little") + text
     return Pieces([lead, *(_bytes_of(tensor) for _, tensor in ordered)])
 
@@ -75,22 +76,27 @@ def _bytes_of(tensor: torch.Tensor) -> Buffer:
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
-def tensors_in(data: bytearray) -> dict[str, torch.Tensor]:
+def tensors_in(data: bytearray | memoryview) -> dict[str, torch.Tensor]:
     """The tensors by name, in the memory of `data`. Raises ValueError."""
     start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
     if not LENGTH_BYTES < start <= len(data):
         raise ValueError(f"{len(data)} bytes are no safetensors file")
     try:
-        header = json.loads(bytes(data[LENGTH_BYTES:start]))
+        header, all_bytes = (
+            json.loads(bytes(data[LENGTH_BYTES:start])),
+            torch.frombuffer(data, dtype=torch.uint8),
+        )
         return {
-            name: _tensor(data, start, name, **entry) for name, entry in header.items() if name != METADATA
+            name: _tensor(all_bytes, start, name, **entry)
+            for name, entry in header.items()
+            if name != METADATA
         }
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, AttributeError, TypeError) as error:
         raise ValueError(f"its header is malformed: {error}") from None
 
 
 def _tensor(
-    data: bytearray, start: int, name: str, *, dtype: str, shape: list[int], data_offsets: list[int]
+    data: torch.Tensor, start: int, name: str, *, dtype: str, shape: list[int], data_offsets: list[int]
 ) -> torch.Tensor:
     numbers = [*shape, *data_offsets]
     if dtype not in DTYPES or len(data_offsets) != 2 or any(type(n) is not int or n < 0 for n in numbers):
@@ -101,4 +107,4 @@ def _tensor(
         raise ValueError(f"tensor {name!r} does not lie where its header says")
     if not values:
         return torch.empty(shape, dtype=DTYPES[dtype])
-    return torch.frombuffer(data, dtype=DTYPES[dtype], count=values, offset=first).view(shape)
+    return data[first:end].view(DTYPES[dtype]).view(shape)

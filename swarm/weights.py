@@ -71,5 +71,11 @@ class Layout:
         return {name: part.view(shape) for (name, shape), part in parts}
 
     def joined(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """A new vector [values] of tensors by name."""
-        return torch.cat([tensors[name].reshape(-1) for name in self.shapes])
+        """A vector [values] of tensors by name: in place if one lies behind the other, else a new one."""
+        parts = [tensors[name].reshape(-1) for name in self.shapes]
+        place, behind = parts[0].untyped_storage().data_ptr(), parts[0].storage_offset()
+        for part in parts:
+            if (part.untyped_storage().data_ptr(), part.storage_offset()) != (place, behind):
+                return torch.cat(parts)
+            behind += part.numel()
+        return parts[0].as_strided((self.values,), (1,))

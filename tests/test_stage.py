@@ -1,9 +1,13 @@
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -15,6 +19,7 @@ from swarm.model.llama import layer_costs
 from swarm.optimizer import learning_rate
 from swarm.partition import partition
 from swarm.stage import Stage
+from swarm.tensors import tensors_in
 from swarm.weights import SMALL_VALUES
 
 
@@ -115,11 +120,29 @@ def test_state_moves_to_another_stage_bit_by_bit_and_trains_on_alike():
     donor, newcomer = make_stages(run, 3)[1], make_stages(run, 3)[1]
     for seed in range(3):
         donor.apply(torch.randn(donor.values, generator=torch.Generator().manual_seed(seed)))
-    newcomer.load(donor.state(), donor.version)
+    newcomer.load(copy.deepcopy(donor.state()), donor.version)
     assert newcomer.hash() == donor.hash()
     for stage in (donor, newcomer):
         stage.apply(torch.ones(stage.values))
     assert newcomer.hash() == donor.hash() and newcomer.version == 4
+
+
+def test_a_state_is_loaded_where_it_lies_and_its_memory_is_free_after_a_step():
+    donor, newcomer, other = (make_stages(config(), 3)[1] for _ in range(3))
+    donor.apply(torch.ones(donor.values))
+    data = donor.snapshot().joined()
+    held = weakref.ref(memory := np.frombuffer(data, np.uint8).copy())
+    newcomer.load(tensors_in(memory.data), donor.version)
+    first, end = memory.ctypes.data, memory.ctypes.data + memory.nbytes
+    vectors = newcomer._vectors().values()
+    assert all(first <= vector.data_ptr() < end for vector in vectors), "nothing was copied"
+    del memory, vectors
+    other.load(safetensors.torch.load(bytes(data)), donor.version)  # every tensor somewhere else
+    for stage in (donor, newcomer, other):
+        stage.apply(torch.ones(stage.values))
+    assert donor.snapshot().joined() == newcomer.snapshot().joined() == other.snapshot().joined()
+    gc.collect()
+    assert held() is None
 
 
 def test_a_snapshot_stays_what_it_was_while_somebody_has_it_and_costs_nothing_after():
@@ -210,3 +233,13 @@ def test_layer_costs_count_the_head_with_the_last_layer():
 def test_modules_that_cannot_be_trained_are_refused_by_name(module, complaint):
     with pytest.raises(ConfigError, match=complaint):
         Stage(module, config().training, stage=0, stages=1)
+
+
+def test_a_first_microbatch_imports_no_computer_algebra():
+    """Torch does, half a second of it, to compare the shape of a gradient that it is given."""
+    first = (
+        "import sys, torch; from tests.test_stage import config, make_stages;"
+        "make_stages(config())[0].warm_up(torch.zeros(1, 8, dtype=torch.int64));"
+        "sys.exit('sympy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", first], check=False, timeout=60).returncode == 0
