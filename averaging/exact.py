@@ -7,6 +7,9 @@ A mean that travelled in int8 takes a quarter of its size once more, and whoever
 codec need not be known: a block is what it looks like; if it looks like nothing it is written in full.
 """
 
+from collections.abc import Callable
+from itertools import accumulate
+
 import torch
 
 from averaging.codecs import INT8_BLOCK, from_bytes, in_blocks, in_units, largest_of
@@ -15,19 +18,32 @@ from averaging.network import Buffer
 
 FULL, HALF, STEPS = 0, 1, 2  # kinds
 ULPS = (0, 1, -1, 2, -2)  # by which a block's scale may differ from what its largest value says
+PART = 512  # blocks at once: what they are compared with finds room in a cache
+COLUMNS = (  # after the kinds: types, and values of a block
+    (torch.float32, INT8_BLOCK),
+    (torch.float16, INT8_BLOCK),
+    (torch.float32, 1),  # scales
+    (torch.int8, INT8_BLOCK),
+)
 
 
 def pack(vector: torch.Tensor) -> bytes:
     """The bits of `vector` [values] float32."""
+    packed = map(_packed, vector.split(PART * INT8_BLOCK))
+    parts = (part for column in zip(*packed, strict=True) for part in column if part.numel())
+    return b"".join(part.contiguous().view(torch.uint8).numpy().data for part in parts)
+
+
+def _packed(vector: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Kinds, and what the blocks of each are written as."""
     rows = in_blocks(vector, INT8_BLOCK)
-    bits = rows.view(torch.int32)
-    scale, codes, stepped = _in_steps(rows, bits)
-    halves = rows.to(torch.float16)
-    half = ~stepped & (halves.to(torch.float32).view(torch.int32) == bits).all(dim=1)
-    kinds = torch.full((len(rows),), FULL, dtype=torch.uint8)
-    kinds[half], kinds[stepped] = HALF, STEPS
-    parts = (kinds, rows[kinds == FULL], halves[half], scale[stepped], codes[stepped])
-    return b"".join(part.contiguous().view(torch.uint8).numpy().data for part in parts if part.numel())
+    scale, codes, stepped = _in_steps(rows, rows.view(torch.int32))
+    kinds = torch.where(stepped, STEPS, FULL).to(torch.uint8)
+    others = (~stepped).nonzero().view(-1)
+    halves = rows[others].to(torch.float16)
+    same = (halves.to(torch.float32).view(torch.int32) == rows[others].view(torch.int32)).all(dim=1)
+    kinds[others[same]] = HALF
+    return kinds, rows[kinds == FULL], halves[same], scale[stepped], codes[stepped]
 
 
 def unpack(data: Buffer, values: int) -> torch.Tensor:
@@ -36,30 +52,30 @@ def unpack(data: Buffer, values: int) -> torch.Tensor:
     if len(view) < blocks:
         raise CodecError(f"{len(view)} bytes are no vector of {values} values")
     kinds = from_bytes(view[:blocks], torch.uint8) if blocks else torch.empty(0)
-    counts = [int((kinds == kind).sum()) for kind in (FULL, HALF, STEPS)]
-    row_bytes = (4 * INT8_BLOCK, 2 * INT8_BLOCK, 4 + INT8_BLOCK)
-    sizes = [count * size for count, size in zip(counts, row_bytes, strict=True)]
-    if sum(counts) != blocks or len(view) != blocks + sum(sizes):
+    full, half, stepped = (int((kinds == kind).sum()) for kind in (FULL, HALF, STEPS))
+    sizes = (full * INT8_BLOCK * 4, half * INT8_BLOCK * 2, stepped * 4, stepped * INT8_BLOCK)
+    if full + half + stepped != blocks or len(view) != blocks + sum(sizes):
         raise CodecError(f"{len(view)} bytes are no vector of {values} values")
-    rows = torch.empty(blocks, INT8_BLOCK)
-    at = blocks
-
-    def taken(dtype: torch.dtype, count: int, width: int) -> torch.Tensor:
-        nonlocal at
-        begin, at = at, at + count * width * dtype.itemsize
-        return from_bytes(view[begin:at], dtype).view(count, width)
-
-    if counts[FULL]:
-        rows[kinds == FULL] = taken(torch.float32, counts[FULL], INT8_BLOCK)
-    if counts[HALF]:
-        rows[kinds == HALF] = taken(torch.float16, counts[HALF], INT8_BLOCK).to(torch.float32)
-    if counts[STEPS]:
-        scale = taken(torch.float32, counts[STEPS], 1)
-        rows[kinds == STEPS] = taken(torch.int8, counts[STEPS], INT8_BLOCK) * scale
-    vector = rows.view(-1)[:values]
-    if not bool(torch.isfinite(vector).all()):
-        raise CodecError("vector is not finite")
-    return vector
+    ends = [blocks + end for end in accumulate(sizes)]
+    fulls, halves, scale, codes = (
+        (from_bytes(view[end - size : end], dtype) if size else torch.empty(0)).view(-1, width)
+        for end, size, (dtype, width) in zip(ends, sizes, COLUMNS, strict=True)
+    )
+    written: dict[int, Callable[[slice], torch.Tensor]] = {
+        FULL: lambda some: fulls[some],
+        HALF: lambda some: halves[some].to(torch.float32),
+        STEPS: lambda some: codes[some] * scale[some],
+    }
+    rows, used = torch.empty(blocks, INT8_BLOCK), dict.fromkeys(written, 0)
+    for part, their_kinds in zip(rows.split(PART), kinds.split(PART), strict=True):
+        for kind, blocks_in in written.items():
+            where = their_kinds == kind
+            if count := int(where.sum()):
+                part[where] = blocks_in(slice(used[kind], used[kind] + count))
+                used[kind] += count
+        if not bool(torch.isfinite(part).all()):
+            raise CodecError("vector is not finite")
+    return rows.view(-1)[:values]
 
 
 def _in_steps(rows: torch.Tensor, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,6 +92,8 @@ def _in_steps(rows: torch.Tensor, bits: torch.Tensor) -> tuple[torch.Tensor, tor
         guess = _moved((largest if whole else largest[left]) / 127.0, ulps)
         numbers = in_units(some, guess).round_().clamp_(-127, 127).to(torch.int8)
         good = ((numbers * guess.unsqueeze(1)).view(torch.int32) == their_bits).all(dim=1)
+        if whole and bool(good.all()):
+            return guess, numbers, good
         at = left[good]
         scale[at], codes[at], found[at] = guess[good], numbers[good], True
         left = left[~good]

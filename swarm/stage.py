@@ -258,12 +258,15 @@ class Stage:
 
     def apply(self, mean: torch.Tensor, microbatches: Collection[bytes] = ()) -> None:
         """One optimizer step with the mean gradient [values] of `microbatches`; the version grows by one."""
+        self._step(mean, microbatches, renew=self._as_loaded)
+        self._as_loaded = False
+
+    def _step(self, mean: torch.Tensor, microbatches: Collection[bytes], *, renew: bool = False) -> None:
         if self._training.strict:
             self._previous = self._weights
-        if self._snapshots or self._as_loaded:
+        if self._snapshots or renew:
             self._optimizer.renew()
             self._snapshots.clear()
-            self._as_loaded = False
         vector = self._weights.vector.clone()
         lr = learning_rate(self._training.optimizer, self.version, self._training.steps)
         self._optimizer.step(vector, mean, number=self.version, lr=lr)
@@ -275,7 +278,7 @@ class Stage:
     def replay(self, mean: torch.Tensor, microbatches: Collection[bytes]) -> None:
         """Take a step that others have taken already; what is accumulated here is not in it."""
         self.thaw()
-        self.apply(mean, microbatches)
+        self._step(mean, microbatches)
         self.accumulator.step = self.version
 
     def empty(self, step: int) -> Accumulator:

@@ -138,6 +138,10 @@ def test_a_state_is_loaded_where_it_lies_and_its_memory_is_free_after_a_step():
     assert all(first <= vector.data_ptr() < end for vector in vectors), "nothing was copied"
     del memory, vectors
     other.load(safetensors.torch.load(bytes(data)), donor.version)  # every tensor somewhere else
+    donor.apply(torch.ones(donor.values))
+    for stage in (newcomer, other):
+        stage.replay(torch.ones(stage.values), ())
+    assert held() is not None
     for stage in (donor, newcomer, other):
         stage.apply(torch.ones(stage.values))
     assert donor.snapshot().joined() == newcomer.snapshot().joined() == other.snapshot().joined()

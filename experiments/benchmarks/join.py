@@ -33,6 +33,7 @@ monitor: {wandb: disabled}
 """
 FAST_MBIT = 1000
 LOADED = re.compile(r"loaded version (\d+) \(([\d.]+) MB\) in ([\d.]+) s from (.*)")
+STEPPED = re.compile(r"step [1-9]\d* of")
 COUNTED = re.compile(r"first microbatch counted, ([\d.]+) s")
 LIMIT_S = 120.0
 
@@ -104,7 +105,8 @@ def joins(options: argparse.Namespace, folder: Path) -> list[dict[str, float | s
             start("trainer", organizer_at, "trainers.cli", "trainer", "--join", address, *listen)
             for donor in donors:
                 donor.until(lambda donor=donor: "microbatch counted" in donor.text(), "the run trains")
-            time.sleep(options.warm_up_s)
+            # Before the first step a newcomer has the state itself, from the seed.
+            organizer.until(lambda: STEPPED.search(organizer.text()), "the run takes a step")
             for number in range(options.joins):
                 newcomer = start_peer(f"newcomer{number}", newcomer_at)
                 newcomer.until(lambda newcomer=newcomer: COUNTED.search(newcomer.text()), "it counts")
@@ -140,7 +142,6 @@ def main() -> None:
     parser.add_argument("--mbit", type=int, default=200)
     parser.add_argument("--joins", type=int, default=5)
     parser.add_argument("--device-share", type=float, default=0.3)
-    parser.add_argument("--warm-up-s", type=float, default=45.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     end_unless_permitted()
