@@ -21,7 +21,7 @@ from typing import Protocol, TypeVar
 
 from averaging.errors import LinkError
 
-PROTOCOL_VERSION = 10  # of all that peers say to each other
+PROTOCOL_VERSION = 11  # of all that peers say to each other
 PeerId = str
 Buffer = bytes | bytearray | memoryview
 HasStopped = Callable[[PeerId, float], bool]  # (who, seconds for which nothing has come from it)

@@ -88,7 +88,7 @@ class Stage:
         self._weights = self._layout.adopt()
         self._optimizer = AdamW(training.optimizer, self.shapes, self.device)
         self._snapshots = weakref.WeakSet[Pieces]()  # of this version, that somebody has
-        self._as_loaded = False  # the moments keep all the memory that a state has come in
+        self._as_loaded = False  # the moments lie in the memory that a state has come in, and keep all of it
         # Strict mode: a step back, for neighbours whose step has not closed when this one's has.
         self._previous: Weights | None = None
         self.accumulator = self.empty(0)
@@ -179,6 +179,8 @@ class Stage:
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         inputs = [*graph.parameters, *([graph.x] if graph.x.requires_grad else [])]
         if grad is not None:
+            if grad.shape != of.shape:
+                raise ValueError(f"gradient {tuple(grad.shape)} of an output {tuple(of.shape)}")
             of = _Scalar.apply(of, grad)
         # Not `.backward()`: nothing may reach the accumulator before the peer's lease has been checked.
         gradients = torch.autograd.grad(of, inputs, allow_unused=True, materialize_grads=True)

@@ -12,7 +12,7 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -86,13 +86,17 @@ def tensors_in(data: bytearray | memoryview) -> dict[str, torch.Tensor]:
             json.loads(bytes(data[LENGTH_BYTES:start])),
             torch.frombuffer(data, dtype=torch.uint8),
         )
-        return {
+        tensors = {
             name: _tensor(all_bytes, start, name, **entry)
             for name, entry in header.items()
             if name != METADATA
         }
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, AttributeError, TypeError) as error:
         raise ValueError(f"its header is malformed: {error}") from None
+    spans = sorted((each.data_ptr(), each.data_ptr() + each.nbytes) for each in tensors.values())
+    if any(end > first for (_, end), (first, _) in pairwise(spans)):
+        raise ValueError("its tensors overlap")  # a step would write into several of them at once
+    return tensors
 
 
 def _tensor(

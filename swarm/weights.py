@@ -72,10 +72,12 @@ class Layout:
 
     def joined(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """A vector [values] of tensors by name: in place if one lies behind the other, else a new one."""
-        parts = [tensors[name].reshape(-1) for name in self.shapes]
+        parts = [tensors[name].contiguous().view(-1) for name in self.shapes]
         place, behind = parts[0].untyped_storage().data_ptr(), parts[0].storage_offset()
         for part in parts:
             if (part.untyped_storage().data_ptr(), part.storage_offset()) != (place, behind):
                 return torch.cat(parts)
             behind += part.numel()
-        return parts[0].as_strided((self.values,), (1,))
+        # `.data`: autograd counts writes by tensor. A step that writes into the moments of a state must not
+        # spoil graphs with its parameters, which lie in the same memory.
+        return parts[0].as_strided((self.values,), (1,)).data

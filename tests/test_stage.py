@@ -149,6 +149,37 @@ def test_a_state_is_loaded_where_it_lies_and_its_memory_is_free_after_a_step():
     assert held() is None
 
 
+def test_a_graph_kept_over_a_step_that_is_replayed_on_a_loaded_state_runs_backward():
+    donor, newcomer, other = (make_stages(config(), 3)[1] for _ in range(3))
+    donor.apply(torch.ones(donor.values))
+    newcomer.load(tensors_in(donor.snapshot().joined()), donor.version)
+    other.load(copy.deepcopy(donor.state()), donor.version)
+    x, gradients = torch.randn(2, 8, 32), []
+    for stage in (newcomer, other):
+        _, graph = stage.forward(x.clone(), keep_graph=True)
+        stage.replay(torch.ones(stage.values), ())
+        gradients.append(stage.backward(graph, torch.ones(2, 8, 32))[0])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_parameters_that_lie_apart_in_one_memory_are_taken_as_they_are():
+    class Strided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            memory = torch.arange(12.0)
+            self.first, self.second = nn.Parameter(memory[:4]), nn.Parameter(memory[4::2])
+
+    stage = Stage(Strided(), config().training, stage=0, stages=1)
+    assert stage._weights.vector.tolist() == [0, 1, 2, 3, 4, 6, 8, 10]
+
+
+def test_a_gradient_of_another_shape_is_refused():
+    stage = make_stages(config(), 3)[1]
+    _, graph = stage.forward(torch.randn(2, 8, 32), keep_graph=True)
+    with pytest.raises(ValueError, match=r"\(3, 2, 8, 32\) of an output \(2, 8, 32\)"):
+        stage.backward(graph, torch.ones(3, 2, 8, 32))
+
+
 def test_a_snapshot_stays_what_it_was_while_somebody_has_it_and_costs_nothing_after():
     stage = make_stages(config(), 3)[1]
     stage.apply(torch.ones(stage.values))

@@ -73,6 +73,8 @@ def test_pieces_are_read_as_if_they_were_one():
         written({"a": entry(offsets=[8, 0])}, bytes(8)),
         written({"a": entry(offsets=[4, 12])}, bytes(8)),
         written({"a": entry(offsets=[1, 9])}, bytes(16)),
+        written({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(16)),
+        written({"a": entry(), "b": entry()}, bytes(16)),
     ],
 )
 def test_bytes_that_make_no_sense_are_refused(data):
