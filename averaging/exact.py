@@ -37,13 +37,13 @@ def pack(vector: torch.Tensor) -> bytes:
 def _packed(vector: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Kinds, and what the blocks of each are written as."""
     rows = in_blocks(vector, INT8_BLOCK)
-    scale, codes, stepped = _in_steps(rows, rows.view(torch.int32))
+    scale, codes, stepped = _in_steps(rows)
     kinds = torch.where(stepped, STEPS, FULL).to(torch.uint8)
-    others = (~stepped).nonzero().view(-1)
-    halves = rows[others].to(torch.float16)
-    same = (halves.to(torch.float32).view(torch.int32) == rows[others].view(torch.int32)).all(dim=1)
-    kinds[others[same]] = HALF
-    return kinds, rows[kinds == FULL], halves[same], scale[stepped], codes[stepped]
+    others = rows[~stepped]
+    halves = others.to(torch.float16)
+    same = (halves.to(torch.float32).view(torch.int32) == others.view(torch.int32)).all(dim=1)
+    kinds[~stepped] = torch.where(same, HALF, FULL).to(torch.uint8)
+    return kinds, others[~same], halves[same], scale[stepped], codes[stepped]
 
 
 def unpack(data: Buffer, values: int) -> torch.Tensor:
@@ -53,7 +53,8 @@ def unpack(data: Buffer, values: int) -> torch.Tensor:
         raise CodecError(f"{len(view)} bytes are no vector of {values} values")
     kinds = from_bytes(view[:blocks], torch.uint8) if blocks else torch.empty(0)
     full, half, stepped = (int((kinds == kind).sum()) for kind in (FULL, HALF, STEPS))
-    sizes = (full * INT8_BLOCK * 4, half * INT8_BLOCK * 2, stepped * 4, stepped * INT8_BLOCK)
+    counts = zip((full, half, stepped, stepped), COLUMNS, strict=True)
+    sizes = [count * width * dtype.itemsize for count, (dtype, width) in counts]
     if full + half + stepped != blocks or len(view) != blocks + sum(sizes):
         raise CodecError(f"{len(view)} bytes are no vector of {values} values")
     ends = [blocks + end for end in accumulate(sizes)]
@@ -78,7 +79,7 @@ def unpack(data: Buffer, values: int) -> torch.Tensor:
     return rows.view(-1)[:values]
 
 
-def _in_steps(rows: torch.Tensor, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _in_steps(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(scale [blocks], codes [blocks, 512] int8, which of the blocks they give, bit by bit [blocks])."""
     largest = largest_of(rows)
     scale, found = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
@@ -88,10 +89,10 @@ def _in_steps(rows: torch.Tensor, bits: torch.Tensor) -> tuple[torch.Tensor, tor
         if not len(left):
             break
         whole = len(left) == len(rows)
-        some, their_bits = (rows, bits) if whole else (rows[left], bits[left])
+        some = rows if whole else rows[left]
         guess = _moved((largest if whole else largest[left]) / 127.0, ulps)
         numbers = in_units(some, guess).round_().clamp_(-127, 127).to(torch.int8)
-        good = ((numbers * guess.unsqueeze(1)).view(torch.int32) == their_bits).all(dim=1)
+        good = ((numbers * guess.unsqueeze(1)).view(torch.int32) == some.view(torch.int32)).all(dim=1)
         if whole and bool(good.all()):
             return guess, numbers, good
         at = left[good]

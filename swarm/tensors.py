@@ -81,15 +81,11 @@ def tensors_in(data: bytearray | memoryview) -> dict[str, torch.Tensor]:
     start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
     if not LENGTH_BYTES < start <= len(data):
         raise ValueError(f"{len(data)} bytes are no safetensors file")
+    whole = torch.frombuffer(data, dtype=torch.uint8)
     try:
-        header, all_bytes = (
-            json.loads(bytes(data[LENGTH_BYTES:start])),
-            torch.frombuffer(data, dtype=torch.uint8),
-        )
+        header = json.loads(bytes(data[LENGTH_BYTES:start]))
         tensors = {
-            name: _tensor(all_bytes, start, name, **entry)
-            for name, entry in header.items()
-            if name != METADATA
+            name: _tensor(whole, start, name, **entry) for name, entry in header.items() if name != METADATA
         }
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, AttributeError, TypeError) as error:
         raise ValueError(f"its header is malformed: {error}") from None
